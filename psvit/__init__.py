@@ -1,0 +1,1 @@
+"""PSViT: vision transformers with pooled tokens and shared attention maps."""

@@ -1,0 +1,17 @@
+"""Fused token pooling and attention reuse: operations, their reference, and their providers."""
+
+from .apply import apply_attention
+from .attention import attention
+from .maps import AttentionMap, DenseMap, FactoredMap
+from .pooling import token_pool
+from .registry import use
+
+__all__ = [
+    "AttentionMap",
+    "DenseMap",
+    "FactoredMap",
+    "apply_attention",
+    "attention",
+    "token_pool",
+    "use",
+]
