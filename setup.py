@@ -205,8 +205,6 @@ def run_ninja(folder: Path) -> None:
 
 
 setup(
-    ext_modules=[
-        Extension("psvit_kernels._native", [BINDING, *COMMON, *KERNELS], depends=HEADERS)
-    ],
+    ext_modules=[Extension("psvit_kernels._native", [BINDING, *COMMON, *KERNELS], depends=HEADERS)],
     cmdclass={"build_ext": BuildNative},
 )
