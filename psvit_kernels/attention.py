@@ -135,9 +135,8 @@ def _fake_backward(grad_out, grad_map, q, k, v, bias, scale, map_storage, lse, n
 def _setup_context(ctx, inputs, output):
     q, k, v, bias, scale, dense_map = inputs
     _, storage, lse = output
-    ctx.mark_non_differentiable(lse)
-    if not dense_map:
-        ctx.mark_non_differentiable(storage)
+    # One call: another one would replace the first.
+    ctx.mark_non_differentiable(*((lse,) if dense_map else (lse, storage)))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, bias, storage, lse)
     ctx.scale = scale

@@ -164,14 +164,14 @@ def _under(name: str, texts: list[str]) -> list[tuple[str, str]]:
     return [(name if i == 0 else "", text) for i, text in enumerate(texts)]
 
 
-def show(info: Mapping[str, Any]) -> None:
-    """Prints the information as a table on standard output."""
+def show(info: Mapping[str, Any], *more: tuple[str, str]) -> None:
+    """Prints the information, and further pairs, as a table on standard output."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in lines(info):
+    for name, text in [*lines(info), *more]:
         table.add_row(name, text)
     Console(highlight=False, markup=False).print(table)

@@ -6,6 +6,7 @@ value; it is never stored on a module.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,8 @@ class FactoredMap(AttentionMap):
         scores = (self.q.to(wide) @ self.k.to(wide).transpose(-1, -2)) * self.scale
         if self.bias is not None:
             scores = scores + self.bias.to(wide)
-        return torch.exp(scores - self.lse.unsqueeze(-1)).to(self.dtype)
+        # Not exp(scores - lse): lse is no input to autograd, and gradients are those of a softmax.
+        return torch.softmax(scores, -1).to(self.dtype)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]
@@ -132,4 +134,10 @@ class FactoredMap(AttentionMap):
     @property
     def nbytes(self) -> int:
         parts = [self.q, self.k, self.lse] + ([] if self.bias is None else [self.bias])
-        return sum(t.numel() * t.element_size() for t in parts)
+        return sum(_nbytes(t) for t in parts)
+
+
+def _nbytes(t: Tensor) -> int:
+    """Bytes of the elements of ``t``, those that an expanded view repeats counted once."""
+    sizes = (n for n, step in zip(t.shape, t.stride(), strict=True) if step or n == 0)
+    return math.prod(sizes) * t.element_size()

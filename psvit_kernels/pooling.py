@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .grid import pooled_grid
 from .registry import register
 
 KINDS = ("max", "avg", "stride", "conv")
@@ -120,7 +121,8 @@ def _new_grid(grid: tuple[int, ...], kernel: int, stride: int, padding: int) -> 
         raise ValueError(
             f"kernel: got {kernel} with padding {padding}, expected one that fits in grid {grid}"
         )
-    return tuple((n + 2 * padding - kernel) // stride + 1 for n in grid)
+    windows = ([size] * len(grid) for size in (kernel, stride, padding))
+    return tuple(pooled_grid(grid, *windows))
 
 
 def _check_conv(
@@ -176,14 +178,8 @@ _ARGUMENTS = (
 )
 
 
-def new_grid(grid, kernel, stride, padding):
-    """The two sides of a pooled grid."""
-    sides = zip(grid, kernel, stride, padding, strict=True)
-    return [(n + 2 * p - k) // s + 1 for n, k, s, p in sides]
-
-
 def _fake(x, grid, prefix, kind, kernel, stride, padding, weight, *rest):
-    h, w = new_grid(grid, kernel, stride, padding)
+    h, w = pooled_grid(grid, kernel, stride, padding)
     width = x.shape[2] if weight is None else weight.shape[0]
     return x.new_empty(x.shape[0], prefix + h * w, width)
 

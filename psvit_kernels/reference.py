@@ -10,15 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .epilogue import corrected, correction_backward, norm_backward
+from .epilogue import wide as _wide
 from .maps import row_pitch
 
 
 def supports(op: str, args: tuple) -> str | None:
     return None
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def _merge(heads: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,27 +92,6 @@ def _softmax_backward(
 # --- apply_attention ------------------------------------------------------------------------
 
 
-def _corrected(out: Tensor, v: Tensor, correction: Tensor | None) -> Tensor:
-    """alpha (P V) + beta V + gamma mean(V), three scalars a head; (B, H, M, d)."""
-    if correction is None:
-        return out
-    alpha, beta, gamma = _wide(correction)[:, :, None, None].unbind(1)
-    return alpha * out + beta * v + gamma * v.mean(2, keepdim=True)
-
-
-def _correction_backward(
-    g: Tensor, out: Tensor, v: Tensor, correction: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of ``_corrected`` with respect to (P V), V itself, and the scalars."""
-    if correction is None:
-        return g, None, None
-    alpha, beta, gamma = _wide(correction)[:, :, None, None].unbind(1)
-    mean = v.mean(2, keepdim=True)
-    dv = beta * g + gamma * g.sum(2, keepdim=True) / v.shape[2]
-    dcorrection = torch.stack([(g * t).sum((0, 2, 3)) for t in (out, v, mean)], dim=1)
-    return alpha * g, dv, dcorrection
-
-
 def _apply_backward(
     grad_out: Tensor, p: Tensor, v: Tensor, head_index: list[int] | None, correction: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,28 +100,32 @@ def _apply_backward(
     if head_index is not None:
         p = p[:, head_index]
     wide_v, g = _wide(v), _wide(grad_out).transpose(1, 2)
-    out = p @ wide_v if correction is not None else g
-    g, dv_direct, dcorrection = _correction_backward(g, out, wide_v, correction)
+    dv_direct, dcorrection = 0.0, v.new_empty(0)
+    if correction is not None:
+        g, dv_direct, dcorrection = correction_backward(g, p @ wide_v, wide_v, correction)
     dp = g @ wide_v.transpose(-1, -2)
-    dv = p.transpose(-1, -2) @ g
-    if dv_direct is not None:
-        dv = dv + dv_direct
+    dv = p.transpose(-1, -2) @ g + dv_direct
     dp = dp.sum_to_size(donor[0], *dp.shape[1:])
     if head_index is not None:
         index = torch.tensor(head_index, device=p.device)
         dp = dp.new_zeros(donor).index_add(1, index, dp)
-    if dcorrection is None or correction is None:
-        return dp, dv, v.new_empty(0)
-    return dp, dv, dcorrection.to(correction.dtype)
+    return dp, dv, dcorrection
+
+
+def _apply(p: Tensor, v: Tensor, head_index: list[int] | None, correction: Tensor | None) -> Tensor:
+    """(B, M, H, d) from wide probabilities."""
+    if head_index is not None:
+        p = p[:, head_index]
+    out = p @ _wide(v)
+    if correction is not None:
+        out = corrected(out, _wide(v), correction)
+    return _merge(out, v.dtype)
 
 
 def apply_dense(
     map_storage: Tensor, v: Tensor, head_index: list[int] | None, correction: Tensor | None
 ) -> Tensor:
-    p = _wide(map_storage[..., : v.shape[2]])
-    if head_index is not None:
-        p = p[:, head_index]
-    return _merge(_corrected(p @ _wide(v), _wide(v), correction), v.dtype)
+    return _apply(_wide(map_storage[..., : v.shape[2]]), v, head_index, correction)
 
 
 def apply_dense_backward(
@@ -171,10 +152,7 @@ def apply_factored(
     head_index: list[int] | None,
     correction: Tensor | None,
 ) -> Tensor:
-    p = _probabilities(q, k, bias, scale, lse)
-    if head_index is not None:
-        p = p[:, head_index]
-    return _merge(_corrected(p @ _wide(v), _wide(v), correction), v.dtype)
+    return _apply(_probabilities(q, k, bias, scale, lse), v, head_index, correction)
 
 
 def apply_factored_backward(
@@ -257,20 +235,6 @@ def token_pool(
         wide_bias = None if norm_bias is None else norm_bias.to(out.dtype)
         out = F.layer_norm(out, out.shape[-1:], norm_weight.to(out.dtype), wide_bias, norm_eps)
     return out.to(x.dtype).contiguous()
-
-
-def norm_backward(
-    g: Tensor, pooled: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of LayerNorm(pooled) with respect to pooled, weight and bias."""
-    aten = torch.ops.aten
-    weight = norm_weight.to(pooled.dtype)
-    bias = None if norm_bias is None else norm_bias.to(pooled.dtype)
-    shape = list(pooled.shape[-1:])
-    _, mean, rstd = aten.native_layer_norm(pooled, shape, weight, bias, eps)
-    return aten.native_layer_norm_backward(
-        g.contiguous(), pooled, shape, mean, rstd, weight, bias, [True, True, bias is not None]
-    )
 
 
 def _pool_image_backward(

@@ -1,0 +1,123 @@
+// What the forward and backward of attention do to a block of rows of scores.
+#pragma once
+
+#include <cmath>
+
+#include "../parallel.h"
+#include "gemm.h"
+#include "kernels.h"
+
+namespace psvit::PSVIT_ISA {
+
+template <typename T>
+PSVIT_INLINE T* head(const View& view, int64_t b, int64_t h) {
+    return (T*)view.data + b * view.batch + h * view.head;
+}
+
+// Columns of a row of scores in scratch memory: whole vectors, and never less than the pitch of a
+// stored row of either dtype.
+PSVIT_INLINE int64_t padded_columns(int64_t columns) { return round_up(columns, W < 8 ? 8 : W); }
+
+// Pieces of a thread's scratch memory, each aligned to 64 bytes. Without memory it only counts.
+class Arena {
+public:
+    explicit Arena(float* memory) : memory_(memory) {}
+    float* take(int64_t floats) {
+        float* piece = memory_ ? memory_ + used : nullptr;
+        used += round_up(floats, 16);
+        return piece;
+    }
+    int64_t used = 0;
+
+private:
+    float* memory_;
+};
+
+// Cuts the rows of every head into equal parts where whole heads would leave threads idle.
+struct RowSplit {
+    int64_t rows, parts = 1;
+
+    RowSplit(int64_t heads, int64_t rows_, int threads) : rows(rows_) {
+        if (heads == 0) return;
+        auto wasteful = [&] {
+            int64_t tasks = heads * parts;
+            return (tasks + threads - 1) / threads * threads * 10 > tasks * 11;
+        };
+        while (wasteful() && parts < 8 && rows >= 32 * (parts + 1)) parts++;
+    }
+    int64_t first(int64_t part) const { return rows * part / parts; }
+};
+
+// Rows as floats that gemm can read: in place for float32, else converted into `to`.
+PSVIT_INLINE Matrix float_rows(const float* from, int64_t stride, int64_t, int64_t, float*,
+                               int64_t) {
+    return {from, stride, 1};
+}
+PSVIT_INLINE Matrix float_rows(const bf16* from, int64_t stride, int64_t rows, int64_t columns,
+                               float* to, int64_t ld) {
+    pack_rows(from, stride, rows, columns, to, ld);
+    return {to, ld, 1};
+}
+
+// scores * scale + bias of vector c of a row; minus infinity beyond the last column.
+template <typename T>
+PSVIT_INLINE vf finished_score(const float* row, int64_t c, int64_t columns, float scale,
+                               const T* bias) {
+    vf x = load(row + c) * scale;
+    if (bias) x += load_upto(bias + c, columns - c);
+    if (columns - c < W) x = lane_numbers() < int32_t(columns - c) ? x : splat(-INFINITY);
+    return x;
+}
+
+// Scores become exp(score - max of the row); `inverse` gets 1 / sum, `lse` the log-sum-exp.
+template <typename T>
+static void softmax_rows(float* scores, int64_t ld, int64_t rows, int64_t columns, float scale,
+                         const T* bias, int64_t bias_row, float* inverse, float* lse) {
+    for (int64_t r = 0; r < rows; r++) {
+        float* row = scores + r * ld;
+        const T* bias_of_row = bias ? bias + r * bias_row : nullptr;
+        vf highest = splat(-INFINITY);
+        for (int64_t c = 0; c < ld; c += W) {
+            vf x = finished_score(row, c, columns, scale, bias_of_row);
+            highest = maximum(x, highest);
+            store(row + c, x);
+        }
+        float top = max_lanes(highest);
+        vf total = {};
+        for (int64_t c = 0; c < ld; c += W) {
+            vf x = exponential(load(row + c) - top);
+            total += x;
+            store(row + c, x);
+        }
+        float sum = sum_lanes(total);
+        inverse[r] = 1.0f / sum;
+        lse[r] = top + logf(sum);
+    }
+}
+
+// Scores become the probabilities exp(score - lse).
+template <typename T>
+static void rebuild_rows(float* scores, int64_t ld, int64_t rows, int64_t columns, float scale,
+                         const T* bias, int64_t bias_row, const float* lse) {
+    for (int64_t r = 0; r < rows; r++) {
+        float* row = scores + r * ld;
+        const T* bias_of_row = bias ? bias + r * bias_row : nullptr;
+        for (int64_t c = 0; c < ld; c += W)
+            store(row + c, exponential(finished_score(row, c, columns, scale, bias_of_row) -
+                                       lse[r]));
+    }
+}
+
+// Writes normalised rows in the map's own pitch; its padding gets the zeros beyond `columns`.
+template <typename T>
+static void store_map(const float* exps, int64_t ld, int64_t rows, int64_t columns,
+                      const float* inverse, T* map, int64_t pitch) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < pitch; c += W) {
+            vf x = load(exps + r * ld + c) * inverse[r];
+            if (columns - c < W) x = lane_numbers() < int32_t(columns - c) ? x : vf{};
+            store_upto(map + r * pitch + c, x, pitch - c);
+        }
+}
+
+}  // namespace psvit::PSVIT_ISA

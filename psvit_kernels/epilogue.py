@@ -1,0 +1,51 @@
+"""What an operation does to its result before it is stored, with the derivatives.
+
+The formulas that the reference and the providers share unchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide(t: Tensor) -> Tensor:
+    """The dtype of accumulation: float64 for float64, else float32."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _per_head(correction: Tensor) -> tuple[Tensor, ...]:
+    """alpha, beta, gamma, each (H, 1, 1)."""
+    return wide(correction)[:, :, None, None].unbind(1)
+
+
+def corrected(out: Tensor, v: Tensor, correction: Tensor) -> Tensor:
+    """alpha (P V) + beta V + gamma mean(V), three scalars a head; all (B, H, M, d), wide."""
+    alpha, beta, gamma = _per_head(correction)
+    return alpha * out + beta * v + gamma * v.mean(2, keepdim=True)
+
+
+def correction_backward(
+    g: Tensor, out: Tensor, v: Tensor, correction: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``corrected`` with respect to P V, to V itself, and to the scalars (H, 3)."""
+    alpha, beta, gamma = _per_head(correction)
+    mean = v.mean(2, keepdim=True)
+    dv = beta * g + gamma * g.sum(2, keepdim=True) / v.shape[2]
+    dcorrection = torch.stack([(g * t).sum((0, 2, 3)) for t in (out, v, mean)], dim=1)
+    return alpha * g, dv, dcorrection.to(correction.dtype)
+
+
+def norm_backward(
+    g: Tensor, pooled: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of LayerNorm(pooled) with respect to pooled, weight and bias; all wide."""
+    aten = torch.ops.aten
+    weight = norm_weight.to(pooled.dtype)
+    bias = None if norm_bias is None else norm_bias.to(pooled.dtype)
+    shape = list(pooled.shape[-1:])
+    _, mean, rstd = aten.native_layer_norm(pooled, shape, weight, bias, eps)
+    wanted = [True, True, bias is not None]
+    return aten.native_layer_norm_backward(
+        g.contiguous(), pooled, shape, mean, rstd, weight, bias, wanted
+    )
