@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,34 +53,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs ``psvit bench``; returns the exit code."""
-    try:
-        return _main(args)
-    except (ValueError, OSError) as error:
-        print(f"psvit bench: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+    with ExitStack() as stack:
+        try:
+            plan = _plan(args, stack)
+        except (ValueError, OSError) as error:  # only what a person typed is checked there
+            print(f"psvit bench: error: {_one_line(error, args.output)}", file=sys.stderr)
+            return 2
+        if args.list:
+            print("\n".join(case.name for case in plan.cases))
+            return 0
+        run = run_cases(
+            plan.cases, threads=plan.threads, rounds=plan.rounds, provider=args.provider
+        )
+        return _finish(run, args.json, plan.output)
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"--output: {error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+@dataclass
+class _Plan:
+    cases: Sequence[Case]
+    threads: int
+    rounds: int | None
+    output: Path | None = None
 
 
-def _main(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace, stack: ExitStack) -> _Plan:
+    """Checks every option before anything runs; the output file appears when the stack closes."""
     from .cases import select
 
     if args.device != "cpu":
         raise ValueError(f'--device: got "{args.device}", expected cpu')
+    _asked_provider(args.provider)
     threads = _positive("--threads", args.threads, min(2, os.cpu_count() or 1))
     rounds = _positive("--rounds", args.rounds, None)
-    cases = select(args.cases)
-    if args.list:
-        print("\n".join(case.name for case in cases))
-        return 0
-    with ExitStack() as stack:
-        file = stack.enter_context(_output(args.output)) if args.output else None
-        run = run_cases(cases, threads=threads, rounds=rounds, provider=args.provider)
-        return _finish(run, args.json, file)
+    plan = _Plan(select(args.cases), threads, rounds)
+    if args.output:
+        from psvit.files import whole_file
+
+        plan.output = stack.enter_context(whole_file(Path(args.output)))
+    return plan
 
 
 def _positive(option: str, value: int | None, default: Any) -> Any:
@@ -90,18 +101,10 @@ def _positive(option: str, value: int | None, default: Any) -> Any:
     return value
 
 
-@contextmanager
-def _output(path: str) -> Iterator[Path]:
-    """Fails before anything runs if the file can't be written."""
-    from psvit.files import whole_file
-
-    target = Path(path)
-    try:
-        with whole_file(target) as file:
-            yield file
-    except OSError as error:
-        error.filename = path
-        raise
+def _one_line(error: Exception, output: str) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"--output: {output}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 def _finish(run: Run, as_json: bool, file: Path | None) -> int:
@@ -149,8 +152,8 @@ def run_cases(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        name, note = _provider(provider)
         with measure.pinned_sdpa() as sdpa, _progress(len(cases) + 1) as step:
-            name, note = _provider(provider)
             step("the machine", 0.0)
             dtypes = dict.fromkeys(str(case.dtype).removeprefix("torch.") for case in cases)
             ceilings = measure.ceilings(threads, tuple(dtypes), matrix_size)
@@ -164,19 +167,26 @@ def run_cases(
     return Run(rows, ceilings, name, note, sdpa, threads, load)
 
 
-def _provider(asked: str | None) -> tuple[str, str | None]:
+def _asked_provider(asked: str | None) -> str | None:
+    """The provider that a person asked for, with the option or PSVIT_PROVIDER."""
     from psvit_kernels import registry
 
-    from .measure import best_provider
-
-    asked = asked if asked not in (None, "auto") else registry.forced()
-    if asked is None:
-        name, reason = best_provider()
-        return name, reason and f"the compiled provider is not there: {reason}"
+    if asked in (None, "auto"):
+        return registry.forced()
     if asked not in registry.PROVIDERS:
         choices = ", ".join(registry.PROVIDERS)
         raise ValueError(f'--provider: got "{asked}", expected one of {choices}, or auto')
-    return asked, None
+    return asked
+
+
+def _provider(asked: str | None) -> tuple[str, str | None]:
+    from .measure import best_provider
+
+    name = _asked_provider(asked)
+    if name is not None:
+        return name, None
+    name, reason = best_provider()
+    return name, reason and f"the compiled provider does not serve here: {reason}"
 
 
 @contextmanager

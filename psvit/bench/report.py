@@ -219,7 +219,7 @@ def _ceilings_text(ceilings: Ceilings) -> str:
 
 def _table(run: Run) -> Table:
     table = Table(box=SIMPLE, padding=(0, 1), pad_edge=False)
-    table.add_column("case, against")
+    table.add_column("case, against", no_wrap=True)
     for name in ("median", "fastest", "speed-up", "p20 to p80", "must", "moonshot"):
         table.add_column(name, justify="right")
     table.add_column("reached")
