@@ -1,0 +1,81 @@
+"""What every test starts from: its own random inputs, NaN in fresh memory, no forced provider."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import deterministic
+
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("helpers")
+
+import helpers  # noqa: E402
+
+from psvit_kernels import registry  # noqa: E402
+
+#: Another number gives every test other random inputs.
+SEED = int(os.environ.get("PSVIT_TEST_SEED", "0"))
+
+
+def pytest_report_header() -> str:
+    served = {name: helpers.unavailable(name) or "available" for name in registry.PROVIDERS}
+    return f"psvit: PSVIT_TEST_SEED={SEED}, providers: {served}"
+
+
+@pytest.fixture(autouse=True)
+def own_random_inputs(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) ^ SEED)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch):
+    """torch.empty, empty_like and new_empty start as NaN: what an operation forgets to write shows.
+
+    PyTorch does this itself in its deterministic mode; ``warn_only`` keeps everything else alive.
+    """
+    monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def provider_left_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_forced", registry.forced())
+
+
+@pytest.fixture
+def threads_left_as_found():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=list(registry.PROVIDERS))
+def provider(request: pytest.FixtureRequest):
+    """The test runs once for each provider, which is forced, so that nothing falls back."""
+    helpers.skip_unless_available(request.param)
+    with registry.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def cpu_provider():
+    helpers.skip_unless_available("cpu")
+    with registry.use("cpu"):
+        yield "cpu"
+
+
+@pytest.fixture(params=helpers.BACKENDS, ids=str)
+def backend(request: pytest.FixtureRequest):
+    """Each provider with each dtype that it serves."""
+    helpers.skip_unless_available(request.param.provider, request.param.device)
+    with registry.use(request.param.provider):
+        yield request.param
