@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .report import Run
 
 #: A narrower terminal breaks lines by itself, which reads better than squeezed columns.
-TABLE_WIDTH = 160
+TABLE_WIDTH = 200
 
 EXAMPLES = """examples:
   psvit bench                                  the whole table, two threads, under three minutes

@@ -202,6 +202,9 @@ def show(run: Run, console: Console) -> None:
     if run.load is not None and run.load > 0.3 * cores:
         console.print(f"[yellow]load {run.load:.1f} on {cores} cores: others were running[/]")
     console.print(_table(run))
+    for row in run.rows:
+        if row.status != "measured":
+            console.print(f"{row.case}: [red]{row.status}[/]: {row.reason}", highlight=False)
     counts = summary(run.rows)
     console.print(
         f"bars reached: {counts['reached']} of {counts['bars']}; moonshots: "
@@ -221,10 +224,10 @@ def _table(run: Run) -> Table:
     table = Table(box=SIMPLE, padding=(0, 1), pad_edge=False)
     table.add_column("case, against", no_wrap=True)
     for name in ("median", "fastest", "speed-up", "p20 to p80", "must", "moonshot"):
-        table.add_column(name, justify="right")
-    table.add_column("reached")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("reached", no_wrap=True)
     for name in ("error", "x eager's", "% matrix", "% copy", "peak MB"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in run.rows:
         _add_row(table, row, run.ceilings)
     return table
@@ -232,8 +235,7 @@ def _table(run: Run) -> Table:
 
 def _add_row(table: Table, row: Row, ceilings: Ceilings) -> None:
     if row.status != "measured":
-        table.add_row(f"[bold]{row.case}[/]", f"[red]{row.status}[/]")
-        table.add_row(f"  {row.reason}", end_section=True)
+        table.add_row(f"[bold]{row.case}[/]", f"[red]{row.status}[/]", end_section=True)
         return
     rate = rates(row, ceilings)
     error, relative = ("", "") if row.gate is None else _error_text(row)
