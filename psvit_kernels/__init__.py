@@ -1,5 +1,6 @@
 """Fused token pooling and attention reuse: operations, their reference, and their providers."""
 
+from . import flops as _flops  # noqa: F401  (registers formulas)
 from .apply import apply_attention
 from .attention import attention
 from .maps import AttentionMap, DenseMap, FactoredMap

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .pooling import new_grid
+from . import apply as _apply  # noqa: F401  (these define the operations)
+from . import attention as _attention  # noqa: F401
+from . import pooling as _pooling  # noqa: F401
+from .grid import pooled_grid
 
 _ops = torch.ops.psvit_kernels
 Shape = tuple[int, ...]
@@ -90,7 +93,7 @@ def token_pool(
     """A convolution's products; comparisons and averages count nothing."""
     if weight is None:
         return 0
-    return 2 * x[0] * math.prod(new_grid(grid, kernel, stride, padding)) * math.prod(weight)
+    return 2 * x[0] * math.prod(pooled_grid(grid, kernel, stride, padding)) * math.prod(weight)
 
 
 @register_flop_formula(_ops.token_pool_backward)

@@ -1,0 +1,164 @@
+"""``accelerate`` puts a schedule on a vision transformer that exists; ``restore`` takes it off."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+from typing import Literal, TypeVar
+
+from torch import nn
+
+from . import adapters
+from .block import Block
+from .layout import GridSource, RecordGrid
+from .pooling import GridPool, Kind
+from .schedule import Schedule
+from .stack import Stack
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(
+    model: Model,
+    schedule: str | Schedule,
+    *,
+    pool: Kind = "max",
+    dims: Literal[1, 2] = 2,
+    size_bias: bool = False,
+    strip: bool = False,
+    inplace: bool = False,
+) -> Model:
+    """Converts a vision transformer to share attention maps and pool tokens, as a schedule says.
+
+    The container of the host's layers is replaced; everything else stays the host's own: its
+    forward, its embeddings and heads, the modules inside its layers, which keep their names.
+    State dicts of the host fit the converted model and the other way round, but for a learned
+    pool ("conv"), whose weights have keys of their own.
+
+    Args:
+        model: from timm, transformers or torchvision; or a model with one such encoder in it.
+        schedule: one character a layer, for example ``"AASA|ASAS|ASSS"``: see ``Schedule``.
+        pool: "max", "avg", "stride" (every second token of each row and column) or "conv" (a
+            learned depthwise convolution, which starts as an average); windows of 3, stride 2.
+        dims: 2 pools the grid of patches, 1 the sequence of them. Prefix tokens (class,
+            distillation, registers) pass beside either, since heads look for them by place.
+        size_bias: add the log of the number of patches that a pooled token stands for to its key,
+            so that prefix tokens are not overweighted.
+        strip: drop the Q and K parameters of sharing layers. Saves memory, for deployment: state
+            dicts no longer fit the host, and ``restore`` can't bring them back.
+        inplace: convert ``model`` itself instead of a copy.
+
+    Returns:
+        The converted model, in the same mode (train or eval). In a layer that shares, parameters
+        for Q and K alone get ``requires_grad=False``, until ``restore``.
+
+    Raises:
+        ValueError: a model that psvit doesn't know, or with parts that it doesn't know, by name;
+            one that is converted already; a schedule that is none or has another depth; a pool
+            where the host needs every token. Nothing is changed then.
+        TypeError: not a module, not a schedule.
+
+    Warns:
+        UserWarning: if the schedule shares or pools. Pretrained weights then compute something
+        else: fine-tune, best with the original model as a teacher.
+
+    Source: PSViT, arXiv 2108.03428.
+    """
+    encoder = adapters.find(model)
+    if isinstance(encoder.container, Stack):
+        raise ValueError(
+            f'model: is converted already, to schedule "{encoder.container.schedule}"; '
+            f"call psvit.restore on it first"
+        )
+    schedule = Schedule.parse(schedule, depth=len(encoder.layers))
+    if schedule.pools and encoder.whole is not None:
+        raise ValueError(f'schedule "{schedule}": pools tokens, but {encoder.whole}')
+    _pools(encoder, schedule, pool, dims)  # whether they can be made
+    if not inplace:
+        model = copy.deepcopy(model)
+        encoder = adapters.find(model)
+    _convert(encoder, schedule, _pools(encoder, schedule, pool, dims), size_bias, strip)
+    if not schedule.is_plain:
+        warnings.warn(
+            f'schedule "{schedule}" changes what the model computes: on pretrained weights expect '
+            f"other outputs until you fine-tune (choose layers to share with psvit.analyze)",
+            stacklevel=2,
+        )
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes ``accelerate``, in place: the host's own layers, with their parameters as they are.
+
+    Raises:
+        ValueError: a model that isn't converted, or one whose Q and K were dropped by
+            ``strip=True``.
+    """
+    encoder = adapters.find(model)
+    stack = encoder.container
+    if not isinstance(stack, Stack):
+        raise ValueError(
+            f"model: got {type(model).__name__} that isn't converted, expected one that is"
+        )
+    blocks = [stack.block(i) for i in range(len(stack))]
+    stripped = [str(b.layer + 1) for b in blocks if b.attention_layer.stripped]
+    if stripped:
+        raise ValueError(
+            f"model: was converted with strip=True, which dropped Q and K of layers "
+            f"{', '.join(stripped)}; load the original model again"
+        )
+    setattr(encoder.owner, encoder.attribute, stack.restored())
+    hooks = encoder.embedding._forward_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, RecordGrid)]:
+        del hooks[key]
+    _finish(encoder, "after_restoration", model)
+    return model
+
+
+def _pools(
+    encoder: adapters.Encoder, schedule: Schedule, kind: Kind, dims: Literal[1, 2]
+) -> list[GridPool]:
+    width = encoder.convolution.out_channels
+    like = encoder.convolution.weight
+    GridPool(kind, dims=dims, width=width)  # an unknown kind is an error without pools too
+    return [
+        GridPool(kind, dims=dims, width=width).to(like.device, like.dtype)
+        for _ in schedule.pools
+    ]
+
+
+def _convert(
+    encoder: adapters.Encoder,
+    schedule: Schedule,
+    pools: list[GridPool],
+    size_bias: bool,
+    strip: bool,
+) -> None:
+    """Everything is checked by now; the host changes in the last lines only."""
+    blocks: dict[str, Block] = {}
+    for i, (name, layer) in enumerate(encoder.layers.items()):
+        host = getattr(layer, encoder.names.attention)
+        attention = encoder.attention(host, schedule.donors[i] != i, i)
+        if strip and attention.shares:
+            attention.strip()
+        cls = encoder.block(layer)
+        blocks[name] = cls(layer, encoder.names, attention, schedule.donors[i])
+    source = GridSource()
+    stack = encoder.stack(
+        encoder.container,
+        blocks,
+        schedule,
+        prefix=encoder.prefix,
+        grid=source,
+        pools=pools,
+        size_bias=size_bias,
+    )
+    setattr(encoder.owner, encoder.attribute, stack)
+    encoder.embedding.register_forward_hook(RecordGrid(source, encoder.measure))
+    _finish(encoder, "after_conversion", encoder.host, stack)
+
+
+def _finish(encoder: adapters.Encoder, when: str, *args: object) -> None:
+    adapter = importlib.import_module(encoder.attention.__module__)
+    getattr(adapter, when)(*args)

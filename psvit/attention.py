@@ -1,0 +1,158 @@
+"""Attention that computes a map and lets later layers apply it, or applies an earlier layer's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psvit_kernels import AttentionMap, DenseMap, apply_attention, attention
+
+from .host import adopt, hand_back
+
+
+class MapSlot:
+    """Where the layers of one group hand on their map during one forward pass, and only then.
+
+    A stack makes it anew for each pass and gives it to each layer as an argument; no module keeps
+    it.
+
+    Args:
+        record: called with each layer's `(B, H, N, N)` probabilities, if somebody wants them.
+    """
+
+    def __init__(self, record: Callable[[Tensor], object] | None = None) -> None:
+        self.map: AttentionMap | None = None
+        self.record = record
+
+
+class Attention(nn.Module):
+    """Self-attention over a host's own projections, which it holds by reference under their names.
+
+    An adapter says in a subclass where the projections are: ``project``, ``project_values``,
+    ``finish``, ``unused`` and ``strip``.
+
+    Args:
+        host: the host's attention module.
+        shares: whether this layer applies the map of an earlier one: then Q and K are neither
+            computed nor trained (where they are parameters of their own, ``requires_grad`` is
+            taken from them, so that data-parallel training doesn't wait for their gradients).
+        layer: its place, counted from 0, for messages.
+        heads, scale: number of heads, and factor of the scores.
+    """
+
+    def __init__(
+        self, host: nn.Module, *, shares: bool, layer: int, heads: int, scale: float
+    ) -> None:
+        nn.Module.__init__(self)
+        adopt(self, host)
+        self.shares = shares
+        self.layer = layer
+        self.num_heads = heads
+        self.scale = scale
+        self.stripped = False
+        self._trainable: dict[str, bool] = {}
+        if shares:
+            self._freeze()
+
+    def forward(
+        self, x: Tensor, slot: MapSlot | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """`(B, N, C)` to `(B, N, C)`.
+
+        Args:
+            x: normalised tokens.
+            slot: of this layer's group. A layer that attends puts its map there, a layer that
+                shares takes it from there. None: nobody else wants the map.
+            bias: added to the scores, broadcastable to `(B, H, N, N)`; a sharing layer's map has
+                its donor's in it already.
+
+        Raises:
+            RuntimeError: a sharing layer without its donor's map.
+        """
+        p = self.attention_dropout if self.training else 0.0
+        if self.shares:
+            attn_map = self._shared_map(slot)
+            out = _apply(attn_map, self.project_values(x), p)
+        else:
+            q, k, v = self.project(x)
+            form = None if slot is None and not p else "dense"
+            bias = None if bias is None else bias.to(q.dtype)
+            out, attn_map = attention(q, k, v, scale=self.scale, bias=bias, return_map=form)
+            if p:
+                out = _apply(attn_map, v, p)
+        if slot is not None:
+            slot.map = attn_map
+            if slot.record is not None:
+                slot.record(attn_map.dense())
+        return self.finish(out.transpose(1, 2).flatten(2), x)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, `(B, H, N, d)` each."""
+        raise NotImplementedError
+
+    def project_values(self, x: Tensor) -> Tensor:
+        """Values alone, `(B, H, N, d)`."""
+        raise NotImplementedError
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """What the host does with the merged heads, `(B, N, H d)`, to make `(B, N, C)` of them."""
+        raise NotImplementedError
+
+    @property
+    def attention_dropout(self) -> float:
+        """Probability with which an element of the map is dropped, where it is applied."""
+        raise NotImplementedError
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the children that a sharing layer doesn't need at all."""
+        raise NotImplementedError
+
+    def strip(self) -> None:
+        """Drops the parameters that a sharing layer doesn't need. Not to be undone."""
+        self.stripped = True
+        self._trainable = {}
+        for name in self.unused:
+            delattr(self, name)
+
+    def restored(self) -> nn.Module:
+        """The host's attention module, its parameters as they are now."""
+        host = hand_back(self)
+        parameters = dict(host.named_parameters())
+        for name, trainable in self._trainable.items():
+            parameters[name].requires_grad_(trainable)
+        return host
+
+    def extra_repr(self) -> str:
+        does = "shares a map" if self.shares else "attends"
+        return f"{does}, heads={self.num_heads}" + (", stripped" if self.stripped else "")
+
+    def _freeze(self) -> None:
+        for child in self.unused:
+            for name, parameter in getattr(self, child).named_parameters(prefix=child):
+                self._trainable[name] = parameter.requires_grad
+                parameter.requires_grad_(False)
+
+    def _shared_map(self, slot: MapSlot | None) -> AttentionMap:
+        if slot is None or slot.map is None:
+            raise RuntimeError(
+                f"layer {self.layer + 1} shares the map of an earlier layer, which is not there: "
+                f"call the whole stack (or the steps that iterating over it gives, in order); "
+                f"to checkpoint it layer by layer, pass use_reentrant=False"
+            )
+        return slot.map
+
+
+def _apply(attn_map: AttentionMap | None, v: Tensor, p: float) -> Tensor:
+    assert attn_map is not None
+    if p:
+        assert isinstance(attn_map, DenseMap)
+        attn_map = DenseMap(F.dropout(attn_map.storage, p), attn_map.n)
+    return apply_attention(attn_map, v)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`(B, N, H d)` to a `(B, H, N, d)` view."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)

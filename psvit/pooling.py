@@ -1,0 +1,188 @@
+"""``GridPool``: the token map that pools a regular grid."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psvit_kernels import token_pool
+
+from .layout import Layout
+
+Kind = Literal["max", "avg", "stride", "conv"]
+KINDS = ("max", "avg", "stride", "conv")
+
+
+class GridPool(nn.Module):
+    """Fewer tokens from a grid of them; prefix tokens pass beside it, so hosts find them in place.
+
+    Args:
+        kind: "max"; "avg" (padding left out of the count); "stride" (every ``stride``-th token of
+            each row and column is kept); "conv" (depthwise, learned; starts as the average over
+            the whole window, padding counted as zeros).
+        dims: 2 pools the grid, 1 the row-major sequence of its tokens.
+        kernel, stride, padding: of the window, in tokens; "stride" uses the stride alone.
+        width: channels, for "conv".
+
+    Raises:
+        ValueError: an unknown kind, dims other than 1 or 2, or "conv" without a width.
+
+    Source: PSViT, arXiv 2108.03428, section 3; PiT, arXiv 2103.16302, for the depthwise pool.
+    """
+
+    def __init__(
+        self,
+        kind: Kind = "max",
+        *,
+        dims: Literal[1, 2] = 2,
+        kernel: int = 3,
+        stride: int = 2,
+        padding: int = 1,
+        width: int | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"pool: got {kind!r}, expected one of {', '.join(KINDS)}")
+        if dims not in (1, 2):
+            raise ValueError(f"dims: got {dims!r}, expected 1 or 2")
+        self.kind: Kind = kind
+        self.dims: Literal[1, 2] = dims
+        self.stride = stride
+        self.kernel, self.padding = (1, 0) if kind == "stride" else (kernel, padding)
+        self.weight: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        if kind == "conv":
+            if width is None:
+                raise ValueError('width: got None, expected the number of channels for "conv"')
+            window = (kernel,) * dims
+            self.weight = nn.Parameter(torch.full((width, 1, *window), kernel**-dims))
+            self.bias = nn.Parameter(torch.zeros(width))
+
+    def reduce(self, x: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
+        """Pools `(B, N, C)` tokens to `(B, M, C)`, and says what the M tokens are.
+
+        Raises:
+            ValueError: a layout that doesn't match x, or a window that doesn't fit its grid.
+        """
+        pooled, _ = token_pool(
+            x,
+            self._grid(layout),
+            prefix=layout.prefix,
+            kind=self.kind,
+            kernel=self.kernel,
+            stride=self.stride,
+            padding=self.padding,
+            weight=self.weight,
+            bias=self.bias,
+            groups=x.shape[2] if self.kind == "conv" else 1,
+            dims=self.dims,
+        )
+        return pooled, self.reduced(layout)
+
+    def expand(self, y: Tensor, layout: Layout) -> Tensor:
+        """The adjoint of ``reduce``: `(B, M, C)` to `(B, N, C)`, N tokens being as ``layout`` says.
+
+        For every x and y, <reduce(x), y> = <x, expand(y)>; with a bias, for reduce without it.
+        A maximum isn't linear: its adjoint here is that of the average over the same windows.
+        """
+        prefix, cells = y[:, : layout.prefix], y[:, layout.prefix :]
+        if self.kind == "conv":
+            cells = self._expand_conv(cells, layout)
+        else:
+            cells = self.matrix(layout).to(y).T @ cells
+        return torch.cat([prefix, cells], dim=1)
+
+    def matrix(self, layout: Layout) -> Tensor:
+        """The weights of the average (or choice) that each pooled cell is, `(M, N)` cells."""
+        axes = []
+        for n in self._grid(layout):
+            axis = torch.zeros(self._side(n), n)
+            for i in range(self._side(n)):
+                start = i * self.stride - self.padding
+                window = range(max(0, start), min(n, start + self.kernel))
+                axis[i, window.start : window.stop] = 1 / len(window)
+            axes.append(axis)
+        return functools.reduce(torch.kron, axes)
+
+    def reduced(self, layout: Layout) -> Layout:
+        """What the tokens are once they were pooled; sizes are kept track of if ``layout`` does."""
+        grid = self._grid(layout)
+        sizes = layout.sizes
+        if sizes is not None:
+            if not torch.compiler.is_compiling():
+                spread = _spread
+            else:
+                spread = _spread.__wrapped__  # tracing runs once: nothing to remember
+            step = None if self.kind == "stride" else (self.kernel, self.padding)
+            sizes = sizes[: layout.prefix] + spread(sizes[layout.prefix :], grid, self.stride, step)
+        return Layout(layout.prefix, tuple(self._side(n) for n in grid), sizes)
+
+    def _grid(self, layout: Layout) -> tuple[int, ...]:
+        if len(layout.grid) == self.dims:
+            return layout.grid
+        if self.dims == 1:
+            return (layout.cells,)
+        raise ValueError(f"layout: got grid {layout.grid}, expected (h, w) for a pool of dims=2")
+
+    def _side(self, n: int) -> int:
+        return (n + 2 * self.padding - self.kernel) // self.stride + 1
+
+    def _expand_conv(self, cells: Tensor, layout: Layout) -> Tensor:
+        assert self.weight is not None
+        grid = self._grid(layout)
+        image = cells.transpose(1, 2).unflatten(2, [self._side(n) for n in grid])
+        transposed = F.conv_transpose1d if self.dims == 1 else F.conv_transpose2d
+        sides = [self._side(n) for n in grid]
+        left_over = [
+            n - ((m - 1) * self.stride - 2 * self.padding + self.kernel)
+            for n, m in zip(grid, sides, strict=True)
+        ]
+        image = transposed(
+            image, self.weight, None, self.stride, self.padding, left_over, image.shape[1]
+        )
+        return image.flatten(2).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        window = "" if self.kind == "stride" else f"kernel={self.kernel}, padding={self.padding}, "
+        return f"{self.kind}, dims={self.dims}, {window}stride={self.stride}"
+
+
+@functools.lru_cache(maxsize=64)
+def _spread(
+    sizes: tuple[float, ...],
+    grid: tuple[int, ...],
+    stride: int,
+    window: tuple[int, int] | None,
+) -> tuple[float, ...]:
+    """Each cell's size, spread equally over the windows that hold it, so that the sum stays."""
+    axes = [_owners(n, stride, window) for n in grid]
+    rows, columns = axes if len(axes) == 2 else ([[0]], axes[0])
+    width = max(map(max, columns)) + 1
+    out = [0.0] * ((max(map(max, rows)) + 1) * width)
+    for cell, size in enumerate(sizes):
+        down, across = rows[cell // len(columns)], columns[cell % len(columns)]
+        for i in down:
+            for j in across:
+                out[i * width + j] += size / (len(down) * len(across))
+    return tuple(out)
+
+
+def _owners(n: int, stride: int, window: tuple[int, int] | None) -> list[list[int]]:
+    """For each of n places of an axis the windows that hold it.
+
+    With ``window`` None every ``stride``-th place is kept, and stands for the ones after it. A
+    place that no window reaches belongs to the nearest window before it, so that none is lost.
+    """
+    if window is None:
+        return [[i // stride] for i in range(n)]
+    kernel, padding = window
+    last = (n + 2 * padding - kernel) // stride
+    return [
+        [j for j in range(last + 1) if 0 <= i + padding - j * stride < kernel]
+        or [min(last, (i + padding) // stride)]
+        for i in range(n)
+    ]

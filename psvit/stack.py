@@ -1,0 +1,253 @@
+"""The container of blocks that runs a schedule: it hands maps on and pools tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import MapSlot
+from .block import Block
+from .host import adopt
+from .layout import GridSource, Layout, size_bias
+from .pooling import GridPool
+from .schedule import Schedule
+
+
+class Stack(nn.Module):
+    """Blocks in a row, under a schedule; stands where a host keeps its container of blocks.
+
+    A host may call it (``x = blocks(x)``), or loop over it (``for block in blocks: x = block(x)``),
+    with gradient checkpointing or without. What a loop gets are steps: each calls its block with
+    what the pass has so far, so that tokens go in and tokens come out. All that a pass carries
+    (maps, layouts) lives in the steps of that pass; nothing is left on a module.
+
+    Indexing by a number gives the block itself, a slice ``[:n]`` a stack of the first n.
+
+    Args:
+        host: the container it stands for.
+        blocks: by their names in the host.
+        schedule: one character for each block.
+        prefix: number of prefix tokens.
+        grid: tells the grid of the patch tokens.
+        pools: one for each pool of the schedule.
+        size_bias: whether keys of pooled tokens get the log of the number of tokens they stand
+            for.
+    """
+
+    #: Called with the map of each layer, if somebody wants them: see ``record_maps``.
+    recorder: Callable[[Tensor], object] | None = None
+
+    def __init__(
+        self,
+        host: nn.Module,
+        blocks: Mapping[str, Block],
+        schedule: Schedule,
+        *,
+        prefix: int,
+        grid: GridSource,
+        pools: Sequence[GridPool],
+        size_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        adopt(self, host, children=False)
+        for name, block in blocks.items():
+            self.add_module(name, block)
+        if pools:
+            self.pools = nn.ModuleList(pools)
+        self.block_names = tuple(blocks)
+        self.schedule = schedule
+        self.prefix = prefix
+        self.grid = grid
+        self.size_bias = size_bias
+        #: For each block the number of pools before it, and the place of its donor.
+        self.stages = tuple(s for s, layers in enumerate(schedule.stages) for _ in layers)
+        self.donors = schedule.donors
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, C)` to `(B, M, C)`, M tokens being left after the last pool."""
+        for step in self.steps():
+            x = step(x)
+        return x
+
+    def steps(self) -> list[Step]:
+        """One callable a block, to be called in order: a pass through the stack."""
+        flow = Flow(self)
+        return [Step(self, i, flow) for i in range(len(self))]
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps())
+
+    def __len__(self) -> int:
+        return len(self.block_names)
+
+    def block(self, index: int) -> Block:
+        found = self._modules[self.block_names[index]]
+        assert isinstance(found, Block)
+        return found
+
+    def __getitem__(self, index: int | slice) -> Block | Stack:
+        if not isinstance(index, slice):
+            return self.block(index)
+        start, stop, step = index.indices(len(self))
+        if (start, step) != (0, 1) or stop < 1:
+            raise ValueError(
+                f"blocks[{index.start}:{index.stop}:{index.step}]: a stack runs from its first "
+                f"block; expected [:n] with n from 1 to {len(self)}"
+            )
+        return self._first(stop)
+
+    def _first(self, count: int) -> Stack:
+        kept = [stage[: max(0, count - stage[0])] for stage in self.schedule.stages]
+        text = "|".join("".join(self.schedule.kinds[i] for i in stage) for stage in kept if stage)
+        schedule = Schedule(text)
+        stack = type(self)(
+            self._host[0],  # type: ignore[index,arg-type]
+            {name: self.block(i) for i, name in enumerate(self.block_names[:count])},
+            schedule,
+            prefix=self.prefix,
+            grid=self.grid,
+            pools=[self.pool(i) for i in range(len(schedule.pools))],
+            size_bias=self.size_bias,
+        )
+        stack.training = self.training
+        return stack
+
+    def pool(self, index: int) -> GridPool:
+        found = self.pools[index]
+        assert isinstance(found, GridPool)
+        return found
+
+    def layouts(self, tokens: int) -> list[Layout]:
+        """What the tokens are in each stage, for so many at the input.
+
+        Raises:
+            ValueError: their grid isn't known, or a pool's window doesn't fit it.
+        """
+        layout = Layout(self.prefix, self.grid.of(tokens - self.prefix))
+        layouts = [layout.with_sizes() if self.size_bias else layout]
+        for i in range(len(self.schedule.pools)):
+            layouts.append(self.pool(i).reduced(layouts[-1]))
+        return layouts
+
+    def restored(self) -> nn.Module:
+        """The host's container with the host's layers, their parameters as they are now."""
+        host: Any = self._host[0]  # type: ignore[index]
+        for i, name in enumerate(self.block_names):
+            host._modules[name] = self.block(i).restored()
+        host.training = self.training
+        return host if len(host) == len(self) else host[: len(self)]
+
+    def extra_repr(self) -> str:
+        return f'schedule="{self.schedule}", prefix={self.prefix}, size_bias={self.size_bias}'
+
+
+class Flow:
+    """What one pass through a stack carries from step to step."""
+
+    def __init__(self, stack: Stack, record: Callable[[Tensor], object] | None = None) -> None:
+        self.stack = stack
+        self.layouts: list[Layout] | None = None
+        #: Outputs that a checkpointed group has made already, each with the input it belongs to.
+        self.ready: list[tuple[Tensor, Tensor]] = []
+        self.open(stack.recorder if record is None else record)
+
+    def open(self, record: Callable[[Tensor], object] | None) -> None:
+        """A slot for each group whose map somebody else wants."""
+        groups = self.stack.schedule.groups
+        wanted = [group for group in groups if len(group) > 1 or record is not None]
+        self.slots = {group[0]: MapSlot(record) for group in wanted}
+
+    def run(self, index: int, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One block, after the pool that stands before it, if one does."""
+        stack = self.stack
+        stage, donor = stack.stages[index], stack.donors[index]
+        if self.layouts is None and stack.schedule.pools:
+            self.layouts = stack.layouts(x.shape[1])
+        if index and stage > stack.stages[index - 1]:
+            assert self.layouts is not None
+            x, _ = stack.pool(stage - 1).reduce(x, self.layouts[stage - 1])
+        bias = self._bias(stage, x, mask) if donor == index else None
+        slot = self.slots.get(donor)
+        out = stack.block(index)(x, slot=slot, bias=bias)
+        last = index + 1 == len(stack) or stack.donors[index + 1] != donor
+        if last and slot is not None and not torch.is_grad_enabled():
+            slot.map = None  # with gradients on, a checkpoint may run the sharing layers again
+        return out
+
+    def _bias(self, stage: int, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        sizes = None if self.layouts is None else size_bias(self.layouts[stage], x)
+        if mask is None:
+            return sizes
+        if stage:
+            raise ValueError(
+                "attn_mask: got a mask for a model whose schedule pools tokens, expected None; "
+                "a mask doesn't say what it means for pooled tokens"
+            )
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+        return mask.to(x.dtype) if sizes is None else mask.to(x.dtype) + sizes
+
+
+class Step:
+    """One block of one pass: what a host's loop over its blocks gets.
+
+    It has the attributes of its block (parameters, children), so that loops which freeze or
+    inspect layers work on it.
+    """
+
+    def __init__(self, stack: Stack, index: int, flow: Flow) -> None:
+        self._stack = stack
+        self._index = index
+        self._flow = flow
+
+    def __call__(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if is_causal:
+            raise ValueError("is_causal: got True, expected False; a shared map can't be causal")
+        return self._flow.run(self._index, x, attn_mask)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._stack.block(self._index), name)
+
+
+def find_stack(model: nn.Module) -> Stack:
+    """The stack in a converted model.
+
+    Raises:
+        ValueError: the model isn't converted.
+    """
+    for module in model.modules():
+        if isinstance(module, Stack):
+            return module
+    raise ValueError(
+        f"model: got {type(model).__name__} that isn't converted; call psvit.accelerate on it"
+    )
+
+
+@contextmanager
+def record_maps(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The attention maps of every layer of a converted model, during the ``with`` block.
+
+    Gives a list that each forward pass extends by one tensor a layer, in order: probabilities
+    `(B, H, N, N)` in the dtype of the layer; for a layer that shares, those it shares, before any
+    attention dropout. They are part of the graph if gradients are on. Outside of the block nothing
+    is recorded and nothing paid.
+
+    Raises:
+        ValueError: the model isn't converted.
+    """
+    stack = find_stack(model)
+    maps: list[Tensor] = []
+    before = stack.recorder
+    stack.recorder = maps.append
+    try:
+        yield maps
+    finally:
+        stack.recorder = before
