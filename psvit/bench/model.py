@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 
+from psvit import Schedule, accelerate
 from psvit_kernels import use
 
 from .cases import Bar, Case, UnavailableError, Work
@@ -34,13 +36,12 @@ def model_case(
     """
 
     def build() -> Work:
-        accelerate, flops_of = _library()
         host = _host(name, options)
-        size = host.patch_embed.img_size
-        images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
-        fast = accelerate(copy.deepcopy(host), schedule).eval()
+        images = _images(batch, host.patch_embed.img_size)
+        fast = _converted(host, schedule)
         exact = copy.deepcopy(fast).double()
-        flops = flops_of(host, schedule)
+        plain = "A" * Schedule.parse(schedule).depth
+        before, after = (Schedule.parse(text).flops(host) for text in (plain, schedule))
 
         def reference(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
             with use("reference"):
@@ -51,28 +52,13 @@ def model_case(
             baselines={UNCONVERTED: lambda: host(images)},
             exact=lambda: reference(exact, images.double()),
             eager=lambda: reference(fast, images),
-            flops=batch * flops[1],
+            flops=float(batch * after),
             nbytes=None,
-            per=flops[0] / flops[1],
+            per=before / after,
         )
 
     label = f"{name}/{schedule}/batch{batch}"
     return Case(label, torch.float32, {UNCONVERTED: Bar(0.95, 1.0)}, build)
-
-
-def _library() -> tuple[Any, Any]:
-    """``psvit.accelerate``, and FLOPs of one image before and after a schedule."""
-    try:
-        from psvit import Schedule, accelerate
-    except ImportError as error:
-        raise UnavailableError(f"psvit.accelerate is not there: {error}") from error
-
-    def flops_of(host: torch.nn.Module, schedule: str) -> tuple[float, float]:
-        plain = "A" * len(schedule.replace("|", ""))
-        before, after = (float(Schedule.parse(s).flops(host)) for s in (plain, schedule))
-        return before, after
-
-    return accelerate, flops_of
 
 
 def _host(name: str, options: dict[str, Any]) -> Any:
@@ -82,3 +68,13 @@ def _host(name: str, options: dict[str, Any]) -> Any:
         raise UnavailableError('needs timm: pip install "psvit[timm]"') from error
     torch.manual_seed(0)
     return timm.create_model(name, pretrained=False, **options).eval()
+
+
+def _images(batch: int, size: tuple[int, int]) -> torch.Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def _converted(host: Any, schedule: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # random weights need no fine-tuning
+        return accelerate(host, schedule)
