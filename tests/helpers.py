@@ -89,6 +89,11 @@ def accumulation_eps(dtype: torch.dtype) -> float:
     return torch.finfo(F64 if dtype == F64 else F32).eps
 
 
+def smallest_number(dtype: torch.dtype) -> float:
+    """Below this, zero is as good: a product of probabilities that underflow in float32."""
+    return 6e-8 if dtype == F16 else 1e-300 if dtype == F64 else 1e-30
+
+
 def assert_accurate(
     got: Tensor, exact: Tensor, eager: Tensor, magnitude: Tensor, what: str = "result"
 ) -> None:
@@ -103,9 +108,10 @@ def assert_accurate(
     if not exact.numel():
         return
     finite = exact.isfinite() & eager64.isfinite() & magnitude.isfinite()
-    unit = magnitude + torch.finfo(eager.dtype).tiny
+    smallest = smallest_number(eager.dtype)
+    unit = magnitude + smallest
     error, eager_error = ((t - exact).abs() / unit for t in (got, eager64))
-    stored = torch.finfo(eager.dtype).eps / 2 * (exact.abs() + torch.finfo(eager.dtype).tiny)
+    stored = torch.finfo(eager.dtype).eps / 2 * exact.abs() + smallest
     floor = stored / unit + FLOOR * accumulation_eps(eager.dtype)
     error, eager_error, floor = (
         torch.where(finite, t, 0.0) for t in (error, eager_error, floor)
@@ -276,9 +282,8 @@ def attention_magnitudes(case: AttentionCase) -> Results:
     p = eager_attention(*case[:3], scale=case.scale, bias=case.bias)[1].nan_to_num(0.0)
     q, k, v, g = (t.abs() for t in (case.q, case.k, case.v, case.grad_out))
     scale = abs(case.factor)
+    p = with_scores(p, q, k, scale, case.bias)
     found = {"out": p @ v, "map": p}
-    if case.form != "dense":
-        p = rebuilt(p, q, k, scale, case.bias)
     dp = g @ v.transpose(-1, -2)
     if case.grad_map is not None:
         dp = dp + case.grad_map.abs()
@@ -298,8 +303,8 @@ def bias_magnitude(ds: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     return size * (torch.finfo(dtype).eps / accumulation_eps(dtype) if one_for_the_row else 1)
 
 
-def rebuilt(p: Tensor, q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Magnitude of exp(score - lse): a score is off by a rounding of its own size, and P with it."""
+def with_scores(p: Tensor, q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Magnitude of P = exp(score - lse): a score is off by its own rounding, and P with it."""
     score = scale * q.abs() @ k.abs().transpose(-1, -2)
     if bias is not None:
         score = score + torch.where(bias.isfinite(), bias.abs(), 0.0)

@@ -24,9 +24,9 @@ from helpers import (
     leaf,
     normal,
     probabilities,
-    rebuilt,
     threads,
     wide,
+    with_scores,
 )
 
 import psvit_kernels as pk
@@ -297,13 +297,12 @@ def group_results(tensors, grads, attend, apply, dense=None, grad_map=None):
     return results | {f"d{name}": g for name, g in zip(t, found, strict=True)}
 
 
-def group_magnitudes(tensors, grads, grad_map, form):
+def group_magnitudes(tensors, grads, grad_map):
     t = {name: value.double() for name, value in tensors.items()}
     q, k = t["q"].abs(), t["k"].abs()
     scale = 1 / math.sqrt(q.shape[-1])
     p = eager_attention(t["q"], t["k"], t["v"], bias=t.get("bias"))[1]
-    if form == "factored":
-        p = rebuilt(p, q, k, scale, t.get("bias"))
+    p = with_scores(p, q, k, scale, t.get("bias"))
     names = [name for name in t if name.startswith("v")]
     dp = 0 if grad_map is None else grad_map.double().abs()
     found = {}
@@ -335,7 +334,7 @@ def check_group(tensors, grads, form, grad_map=None):
         double = {name: wide(t) for name, t in tensors.items()}
         exact = own(double, [wide(g) for g in grads], wide(grad_map))
     eager = group_results(tensors, grads, eager_attention, eager_apply, lambda p: p, grad_map)
-    assert_all_accurate(got, exact, eager, group_magnitudes(tensors, grads, grad_map, form))
+    assert_all_accurate(got, exact, eager, group_magnitudes(tensors, grads, grad_map))
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
@@ -410,7 +409,7 @@ def test_factored_map_without_gradients_meets_the_bar(backend):
     m = pk.attention(q, k, v, return_map="factored")[1]
     exact_p = eager_attention(wide(q), wide(k), wide(v))[1]
     eager = eager_apply(eager_attention(q, k, v)[1], v)
-    size = rebuilt(exact_p, wide(q), wide(k), 1 / 8, None)
+    size = with_scores(exact_p, wide(q), wide(k), 1 / 8, None)
     got = pk.apply_attention(m, v)
     assert_accurate(got, exact_p @ wide(v), eager, size @ wide(v).abs(), "out")
 
