@@ -1,0 +1,177 @@
+"""The pictures: similarity of attention maps, accuracy against latency, attention on an image.
+
+matplotlib is imported when a picture is drawn, and only its file-writing part: no window opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .analyze import Analysis
+
+#: Two colours that stay apart in print and for colour-blind readers.
+BLUE, ORANGE = "#2b6ca3", "#d2691e"
+NAMES = {"js": "Jensen-Shannon similarity", "cosine": "cosine similarity"}
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches, at 150 dots an inch."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            'drawing needs matplotlib: pip install "psvit[demo]"', name="matplotlib"
+        ) from error
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+# --- analysis -------------------------------------------------------------------------------
+
+
+def draw_analysis(
+    analysis: Analysis, path: str | PathLike[str], *, by: str = "js", title: str = ""
+) -> None:
+    """The heat map of similarities between layers, beside distance and entropy of each layer."""
+    figure = _figure(11, 5.6)
+    figure.suptitle(title or f"Attention maps of {analysis.depth} layers")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+    _heat_map(left, analysis.similarity(by), f"{NAMES[by]}, mean of {analysis.heads} heads")  # type: ignore[arg-type]
+    upper, lower = right.subplots(2, 1, sharex=True)
+    _per_layer(upper, analysis.distance, "mean attention distance", "patches")
+    _per_layer(lower, analysis.entropy, "row entropy", "bits")
+    lower.set_xlabel("layer")
+    upper.legend(loc="best", fontsize=8, frameon=False)
+    figure.supxlabel(
+        f"averages over {analysis.images} images; {analysis.tokens} tokens", fontsize=8, color="0.4"
+    )
+    figure.savefig(path)
+
+
+def _heat_map(figure: Any, similarity: Tensor, label: str) -> None:
+    axes = figure.subplots()
+    depth = len(similarity)
+    values = similarity.numpy()
+    off_diagonal = values[~(values >= 1)]
+    lowest = float(off_diagonal.min()) if off_diagonal.size else 0.0
+    image = axes.imshow(values, cmap="viridis", vmin=lowest, vmax=1)
+    for i in range(depth if depth <= 16 else 0):
+        for j in range(depth):
+            dark = values[i, j] < lowest + 0.6 * (1 - lowest)
+            text = f"{values[i, j]:.2f}".lstrip("0") if i != j else ""
+            colour = "white" if dark else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+    ticks = range(0, depth, 1 if depth <= 16 else 4)
+    axes.set_xticks(ticks, [str(i + 1) for i in ticks])
+    axes.set_yticks(ticks, [str(i + 1) for i in ticks])
+    axes.set_xlabel("layer")
+    axes.set_ylabel("layer")
+    axes.set_title(label, fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="1 = equal maps")
+
+
+def _per_layer(axes: Any, values: Tensor, title: str, unit: str) -> None:
+    """One dot a head, one line through the means; values is `[L, H]`."""
+    depth, heads = values.shape
+    layers = range(1, depth + 1)
+    for head in range(heads):
+        label = "one head" if head == 0 else None
+        axes.scatter(layers, values[:, head], s=14, color=BLUE, alpha=0.45, label=label)
+    axes.plot(layers, values.mean(1), color=ORANGE, linewidth=2, label="mean of heads")
+    axes.set_title(title, fontsize=10)
+    axes.set_ylabel(unit)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(range(1, depth + 1, 1 if depth <= 16 else 4))
+    _plain(axes)
+
+
+# --- accuracy against latency ---------------------------------------------------------------
+
+
+def draw_tradeoff(
+    points: Sequence[Mapping[str, Any]],
+    path: str | PathLike[str],
+    *,
+    title: str,
+    latency_label: str,
+) -> None:
+    """Accuracy against latency, one marker a model.
+
+    Args:
+        points: mappings with ``name``, ``latency`` (milliseconds), ``accuracy`` (0 to 1) and
+            ``converted`` (bool: which colour).
+        path: the picture's file.
+        title: put above the picture.
+        latency_label: what the horizontal axis shows, with its unit.
+    """
+    figure = _figure(7.5, 4.6)
+    axes = figure.subplots()
+    for point in points:
+        colour = ORANGE if point["converted"] else BLUE
+        axes.scatter(point["latency"], 100 * point["accuracy"], s=70, color=colour, zorder=3)
+        axes.annotate(
+            point["name"],
+            (point["latency"], 100 * point["accuracy"]),
+            xytext=(8, -4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    slowest = max(point["latency"] for point in points)
+    axes.set_xlim(0, 1.35 * slowest)
+    axes.margins(y=0.2)
+    axes.set_xlabel(latency_label)
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(title, fontsize=11)
+    _plain(axes)
+    figure.savefig(path)
+
+
+# --- attention on one image -----------------------------------------------------------------
+
+
+def draw_attention(
+    image: Tensor,
+    rows: Mapping[str, tuple[str, Sequence[Tensor]]],
+    path: str | PathLike[str],
+    *,
+    title: str,
+) -> None:
+    """What the image's tokens attend to in each layer, one row of pictures a model.
+
+    Args:
+        image: `[h, w]` grey values or `[h, w, 3]`.
+        rows: for each model, its letters (one a layer) and one `[h', w']` map a layer: the
+            attention that each patch receives.
+        path: the picture's file.
+        title: put above the picture.
+    """
+    depth = max(len(maps) for _, maps in rows.values())
+    figure = _figure(1.15 * (depth + 1.6), 1.5 * len(rows) + 0.7)
+    figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(len(rows), depth + 1, squeeze=False)
+    for line, (name, (letters, maps)) in zip(grid, rows.items(), strict=True):
+        line[0].imshow(image, cmap="gray_r")
+        line[0].set_ylabel(name, fontsize=9)
+        line[0].set_title("image", fontsize=8)
+        for layer, (axes, letter, received) in enumerate(
+            zip(line[1:], letters, maps, strict=True), 1
+        ):
+            axes.imshow(received, cmap="viridis")
+            kind = {"A": "attends", "S": "shares"}[letter]
+            h, w = received.shape
+            axes.set_title(f"{layer}: {kind}\n{h} x {w}", fontsize=8)
+        for axes in line:
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+    figure.savefig(path)
