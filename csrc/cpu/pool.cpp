@@ -12,7 +12,6 @@
 namespace psvit::PSVIT_ISA {
 namespace {
 
-constexpr int64_t CHANNELS = 64;  // of a backward task
 
 // One window along one axis: input positions [first, last), and the tap of the first.
 struct Span {
@@ -64,37 +63,197 @@ PSVIT_INLINE T* token(const View& view, int64_t b, int64_t n) {
     return (T*)view.data + b * view.batch + n * view.row;
 }
 
+constexpr int64_t CHANNELS = 64;  // of a task
+
+// One image and a run of channels.
+struct Run {
+    int64_t b, first, last;
+
+    static int64_t count(const PoolArgs& a) { return (a.channels + CHANNELS - 1) / CHANNELS; }
+    Run(const PoolArgs& a, int64_t task)
+        : b(task / count(a)),
+          first(task % count(a) * CHANNELS),
+          last(smaller(first + CHANNELS, a.channels)) {}
+
+    template <typename T>
+    void copy_token(const View& from, const View& to, int64_t n) const {
+        memcpy(token<T>(to, b, n) + first, token<T>(from, b, n) + first,
+               size_t(last - first) * sizeof(T));
+    }
+};
+
 // --- forward ---------------------------------------------------------------------------------
 
-// Calls use(c, value) for each vector of channels of pooled token (oy, ox).
-template <typename T, PoolKind KIND, typename Use>
-PSVIT_INLINE void pool_token(const PoolArgs& a, int64_t b, const Span& ys, const Span& xs, Use use) {
-    const T* row = token<T>(a.x, b, a.prefix + ys.first * a.width + xs.first);
-    const int64_t step = a.x.row, line = a.width * step;
-    const int64_t ny = ys.count(), nx = xs.count();
-    const float share = 1.0f / float(ny * nx);
-    for (int64_t c = 0; c < a.channels; c += W) {
-        const int64_t left = a.channels - c;
-        vf acc = KIND == PoolKind::max ? splat(-INFINITY) : vf{};
-        if (KIND == PoolKind::depthwise && a.bias) acc = load_upto(a.bias + c, left);
-        for (int64_t y = 0; y < ny; y++)
-            for (int64_t x = 0; x < nx; x++) {
-                vf value = load_upto(row + y * line + x * step + c, left);
-                if (KIND == PoolKind::max) {
-                    acc = (value > acc) | (value != value) ? value : acc;  // NaN wins, and stays
-                } else if (KIND == PoolKind::avg) {
-                    acc += value;
-                } else {
-                    int64_t tap = (ys.tap + y) * a.kernel_w + xs.tap + x;
-                    acc += value * load_upto(a.weight + tap * a.channels + c, left);
-                }
+// A window as the inner loops see it: the first token, and how to step from tap to tap.
+template <typename T>
+struct Taps {
+    const T* first;
+    int64_t step, line;  // to the next column, to the next row
+    int64_t columns, rows;
+    const float* weight;  // of the first tap
+    int64_t weight_step, weight_line;
+
+    Taps(const PoolArgs& a, int64_t b, const Span& ys, const Span& xs)
+        : first(token<T>(a.x, b, a.prefix + ys.first * a.width + xs.first)),
+          step(a.x.row),
+          line(a.x.row * a.width),
+          columns(xs.count()),
+          rows(ys.count()),
+          weight(a.weight + (a.weight ? (ys.tap * a.kernel_w + xs.tap) * a.channels : 0)),
+          weight_step(a.channels),
+          weight_line(a.channels * a.kernel_w) {}
+
+    // use(address of the tap's channels, address of its weights), in the order of PyTorch.
+    template <typename Use>
+    PSVIT_MEMBER void each(Use use) const {
+        for (int64_t y = 0; y < rows; y++)
+            for (int64_t x = 0; x < columns; x++)
+                use(first + y * line + x * step, weight + y * weight_line + x * weight_step);
+    }
+};
+
+// The maximum where a NaN wins and stays, as in PyTorch.
+template <typename T>
+vf careful_maximum(const Taps<T>& taps, int64_t c, int64_t n) {
+    vf acc = splat(-INFINITY);
+    taps.each([&](const T* from, const float*) {
+        vf value = load_upto(from + c, n);
+        acc = (value > acc) | (value != value) ? value : acc;
+    });
+    return acc;
+}
+
+// Running results of one window over VECS vectors of channels.
+template <PoolKind KIND, int VECS>
+struct Window {
+    vf acc[VECS];
+    vf odd[VECS];  // NaN where a value was NaN or infinite, for the maximum
+
+    PSVIT_MEMBER void clear() {
+        for (int v = 0; v < VECS; v++) {
+            acc[v] = KIND == PoolKind::max ? splat(-INFINITY) : vf{};
+            odd[v] = vf{};
+        }
+    }
+    PSVIT_MEMBER void add(int v, vf value) {
+        if (KIND == PoolKind::max) {
+            acc[v] = maximum(value, acc[v]);
+            odd[v] += value * 0.0f;
+        } else {
+            acc[v] += value;
+        }
+    }
+    PSVIT_MEMBER void add(const Window& other) {
+        for (int v = 0; v < VECS; v++) {
+            if (KIND == PoolKind::max) {
+                acc[v] = maximum(other.acc[v], acc[v]);
+                odd[v] += other.odd[v];
+            } else {
+                acc[v] += other.acc[v];
             }
-        use(c, KIND == PoolKind::avg ? acc * share : acc);
+        }
+    }
+};
+
+// n channels are left at p; less than a vector only with VECS = 1.
+template <int VECS, typename T>
+PSVIT_INLINE vf channels_at(const T* p, int v, int64_t n) {
+    return VECS > 1 ? load(p + v * W) : load_upto(p, n);
+}
+
+// VECS vectors of channels at c of one pooled token.
+template <typename T, PoolKind KIND, int VECS, typename Out>
+PSVIT_INLINE void finish(const Taps<T>& taps, Window<KIND, VECS>& window, int64_t c, int64_t n,
+                         Out* out) {
+    for (int v = 0; v < VECS; v++) {
+        vf x = window.acc[v];
+        if (KIND == PoolKind::avg) x *= 1.0f / float(taps.rows * taps.columns);
+        if (KIND == PoolKind::max && any_nan(window.odd[v]))
+            x = careful_maximum(taps, c + v * W, n);
+        store_upto(out + c + v * W, x, n);
     }
 }
 
+template <typename T, int VECS, typename Out>
+PSVIT_INLINE void weighted_token(const PoolArgs& a, const Taps<T>& taps, int64_t c, int64_t n,
+                                 Out* out) {
+    vf acc[VECS];
+    for (int v = 0; v < VECS; v++) acc[v] = a.bias ? channels_at<VECS>(a.bias + c, v, n) : vf{};
+    taps.each([&](const T* from, const float* weight) {
+        for (int v = 0; v < VECS; v++)
+            acc[v] += channels_at<VECS>(from + c, v, n) * channels_at<VECS>(weight + c, v, n);
+    });
+    for (int v = 0; v < VECS; v++) store_upto(out + c + v * W, acc[v], n);
+}
+
+// A row of the pooled grid, for VECS vectors of channels at c. Columns are reduced over the rows
+// of the window once; what the next window shares with this one is kept for it.
+template <typename T, PoolKind KIND, int VECS, typename Out>
+PSVIT_INLINE void pool_line(const PoolArgs& a, int64_t b, int64_t oy, int64_t c, int64_t n,
+                            Out* out, int64_t out_step) {
+    const Grid grid{a};
+    const Span ys = grid.rows(oy);
+    if (KIND == PoolKind::depthwise) {
+        for (int64_t ox = 0; ox < a.out_width; ox++)
+            weighted_token<T, VECS>(a, Taps<T>(a, b, ys, grid.columns(ox)), c, n,
+                                    out + ox * out_step);
+        return;
+    }
+    Window<KIND, VECS> current, next;
+    next.clear();
+    int64_t done = 0;  // columns before this one are in `current`, as far as they belong there
+    for (int64_t ox = 0; ox < a.out_width; ox++) {
+        const Span xs = grid.columns(ox);
+        const int64_t shared = grid.columns(ox + 1).first;
+        current = next;
+        next.clear();
+        for (int64_t x = xs.first > done ? xs.first : done; x < xs.last; x++) {
+            const T* from = token<T>(a.x, b, a.prefix + ys.first * a.width + x) + c;
+            Window<KIND, VECS> column;
+            column.clear();
+            for (int64_t y = 0; y < ys.count(); y++)
+                for (int v = 0; v < VECS; v++)
+                    column.add(v, channels_at<VECS>(from + y * a.width * a.x.row, v, n));
+            current.add(column);
+            if (x >= shared) next.add(column);
+        }
+        done = xs.last;
+        finish<T, KIND, VECS>(Taps<T>(a, b, ys, xs), current, c, n, out + ox * out_step);
+    }
+}
+
+// The same where a column may be in more than two windows.
+template <typename T, PoolKind KIND, typename Out>
+void pool_line_overlapping(const PoolArgs& a, int64_t b, int64_t oy, int64_t first, int64_t last,
+                           Out* out, int64_t out_step) {
+    const Grid grid{a};
+    for (int64_t ox = 0; ox < a.out_width; ox++)
+        for (int64_t c = first; c < last; c += W) {
+            const Taps<T> taps(a, b, grid.rows(oy), grid.columns(ox));
+            Window<KIND, 1> window;
+            window.clear();
+            taps.each([&](const T* from, const float*) {
+                window.add(0, load_upto(from + c, a.channels - c));
+            });
+            finish<T, KIND, 1>(taps, window, c, a.channels - c, out + ox * out_step);
+        }
+}
+
+// Channels [first, last) of a row of the pooled grid.
+template <typename T, PoolKind KIND, typename Out>
+void pool_row(const PoolArgs& a, int64_t b, int64_t oy, int64_t first, int64_t last, Out* out,
+              int64_t out_step) {
+    if (KIND != PoolKind::depthwise && a.kernel_w > 2 * a.stride_w)
+        return pool_line_overlapping<T, KIND>(a, b, oy, first, last, out, out_step);
+    constexpr int VECS = W == 16 ? 4 : 2;
+    int64_t c = first;
+    for (; c + VECS * W <= last; c += VECS * W)
+        pool_line<T, KIND, VECS>(a, b, oy, c, VECS * W, out, out_step);
+    for (; c < last; c += W) pool_line<T, KIND, 1>(a, b, oy, c, last - c, out, out_step);
+}
+
 template <typename T>
-void normalise(const PoolArgs& a, float* row, T* out) {
+void normalise(const PoolArgs& a, const float* row, T* out) {
     const int64_t channels = a.channels;
     vf total = {};
     for (int64_t c = 0; c < channels; c += W) total += load_upto(row + c, channels - c);
@@ -114,46 +273,42 @@ void normalise(const PoolArgs& a, float* row, T* out) {
     }
 }
 
-template <typename T>
-void pass_prefix(const PoolArgs& a, int64_t b, float* scratch) {
-    for (int64_t n = 0; n < a.prefix; n++) {
+// Whole rows of whole tokens, because the normalisation needs every channel.
+template <typename T, PoolKind KIND>
+void pool_and_normalise(const PoolArgs& a, int64_t task, float* scratch) {
+    const int64_t b = task / a.out_height, oy = task % a.out_height;
+    for (int64_t n = 0; n < (oy == 0 ? a.prefix : 0); n++) {
         const T* from = token<T>(a.x, b, n);
-        T* to = token<T>(a.out, b, n);
-        if (!a.norm_weight) {
-            memcpy(to, from, size_t(a.channels) * sizeof(T));
-            continue;
-        }
         for (int64_t c = 0; c < a.channels; c += W)
             store_upto(scratch + c, load_upto(from + c, a.channels - c), a.channels - c);
-        normalise(a, scratch, to);
+        normalise(a, scratch, token<T>(a.out, b, n));
     }
+    pool_row<T, KIND>(a, b, oy, 0, a.channels, scratch, a.channels);
+    T* out = token<T>(a.out, b, a.prefix + oy * a.out_width);
+    for (int64_t ox = 0; ox < a.out_width; ox++)
+        normalise(a, scratch + ox * a.channels, out + ox * a.out.row);
 }
 
+// A run of channels of a whole image: the rows that two windows share are still in the first-level
+// cache when the second one needs them.
 template <typename T, PoolKind KIND>
-void pool_row(const PoolArgs& a, int64_t task, float* scratch) {
-    const int64_t b = task / a.out_height, oy = task % a.out_height;
-    if (oy == 0) pass_prefix<T>(a, b, scratch);
-    const Span ys = Grid{a}.rows(oy);
-    for (int64_t ox = 0; ox < a.out_width; ox++) {
-        const Span xs = Grid{a}.columns(ox);
-        T* out = token<T>(a.out, b, a.prefix + oy * a.out_width + ox);
-        if (a.norm_weight) {
-            pool_token<T, KIND>(a, b, ys, xs, [&](int64_t c, vf value) {
-                store_upto(scratch + c, value, a.channels - c);
-            });
-            normalise(a, scratch, out);
-        } else {
-            pool_token<T, KIND>(a, b, ys, xs, [&](int64_t c, vf value) {
-                store_upto(out + c, value, a.channels - c);
-            });
-        }
-    }
+void pool_channels(const PoolArgs& a, const Run& run) {
+    for (int64_t n = 0; n < a.prefix; n++) run.copy_token<T>(a.x, a.out, n);
+    for (int64_t oy = 0; oy < a.out_height; oy++)
+        pool_row<T, KIND>(a, run.b, oy, run.first, run.last,
+                          token<T>(a.out, run.b, a.prefix + oy * a.out_width), a.out.row);
 }
 
 template <typename T, PoolKind KIND>
 void pool(const PoolArgs& a) {
-    parallel_tasks(a.batch * a.out_height, a.threads, round_up(a.channels, 16),
-                   [&](int64_t task, float* scratch) { pool_row<T, KIND>(a, task, scratch); });
+    if (a.norm_weight)
+        parallel_tasks(
+            a.batch * a.out_height, a.threads, a.out_width * a.channels,
+            [&](int64_t task, float* memory) { pool_and_normalise<T, KIND>(a, task, memory); });
+    else
+        parallel_tasks(a.batch * Run::count(a), a.threads, 0, [&](int64_t task, float*) {
+            pool_channels<T, KIND>(a, Run(a, task));
+        });
 }
 
 // --- backward --------------------------------------------------------------------------------
@@ -195,13 +350,10 @@ PSVIT_INLINE vf share_of(const PoolArgs& a, vf g, int64_t oy, int64_t ox, int64_
 }
 
 template <typename T, PoolKind KIND>
-void pool_backward_task(const PoolArgs& a, int64_t task, float* winners) {
-    const int64_t runs = (a.channels + CHANNELS - 1) / CHANNELS;
-    const int64_t b = task / runs, c0 = task % runs * CHANNELS;
-    const int64_t c1 = smaller(c0 + CHANNELS, a.channels);
+void pool_backward_run(const PoolArgs& a, const Run& run, float* winners) {
+    const int64_t b = run.b, c0 = run.first, c1 = run.last;
     if (KIND == PoolKind::max) find_winners<T>(a, b, c0, c1, winners);
-    for (int64_t n = 0; n < a.prefix; n++)
-        memcpy(token<T>(a.dx, b, n) + c0, token<T>(a.out, b, n) + c0, size_t(c1 - c0) * sizeof(T));
+    for (int64_t n = 0; n < a.prefix; n++) run.copy_token<T>(a.out, a.dx, n);
     for (int64_t y = 0; y < a.height; y++)
         for (int64_t x = 0; x < a.width; x++) {
             const Windows oys = Grid{a}.windows_of_row(y), oxs = Grid{a}.windows_of_column(x);
@@ -246,11 +398,9 @@ void weight_backward_task(const PoolArgs& a, int64_t c, float* sums) {
 
 template <typename T, PoolKind KIND>
 void pool_backward(const PoolArgs& a) {
-    const int64_t runs = (a.channels + CHANNELS - 1) / CHANNELS;
-    const int64_t winners =
-        KIND == PoolKind::max ? a.out_height * a.out_width * CHANNELS : 0;
-    parallel_tasks(a.batch * runs, a.threads, winners, [&](int64_t task, float* scratch) {
-        pool_backward_task<T, KIND>(a, task, scratch);
+    const int64_t winners = KIND == PoolKind::max ? a.out_height * a.out_width * CHANNELS : 0;
+    parallel_tasks(a.batch * Run::count(a), a.threads, winners, [&](int64_t task, float* scratch) {
+        pool_backward_run<T, KIND>(a, Run(a, task), scratch);
     });
     if (KIND == PoolKind::depthwise)
         parallel_tasks((a.channels + W - 1) / W, a.threads, a.kernel_h * a.kernel_w * W,

@@ -10,7 +10,10 @@
 #include <cstring>
 
 #if defined(__AVX2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #ifndef PSVIT_ISA
@@ -45,6 +48,7 @@ struct bf16 {
 };
 
 #define PSVIT_INLINE static inline __attribute__((always_inline))
+#define PSVIT_MEMBER inline __attribute__((always_inline))
 
 PSVIT_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 PSVIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -133,8 +137,28 @@ PSVIT_INLINE void store_upto(T* p, vf x, int64_t n) {
         store_first(p, x, n);
 }
 
-// NaN in either argument that is not the running maximum is lost: the exponential finds it.
-PSVIT_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+// a > b ? a : b, so a NaN in a is passed over.
+PSVIT_INLINE vf maximum(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+PSVIT_INLINE bool any_nan(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q)) != 0;
+#else
+    for (int i = 0; i < W; i++)
+        if (x[i] != x[i]) return true;
+    return false;
+#endif
+}
 
 PSVIT_INLINE float sum_lanes(vf x) {
     float lanes[W];
