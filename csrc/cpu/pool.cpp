@@ -63,7 +63,7 @@ PSVIT_INLINE T* token(const View& view, int64_t b, int64_t n) {
     return (T*)view.data + b * view.batch + n * view.row;
 }
 
-constexpr int64_t CHANNELS = 64;  // of a task
+constexpr int64_t CHANNELS = 128;  // of a task
 
 // One image and a run of channels.
 struct Run {
