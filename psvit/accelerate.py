@@ -112,7 +112,7 @@ def restore(model: Model) -> Model:
     hooks = encoder.embedding._forward_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, RecordGrid)]:
         del hooks[key]
-    _finish(encoder, "after_restoration", model)
+    _finish(encoder, "after_restoration", encoder.host)
     return model
 
 

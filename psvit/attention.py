@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,18 +74,18 @@ class Attention(nn.Module):
         """
         p = self.attention_dropout if self.training else 0.0
         if self.shares:
-            attn_map = self._shared_map(slot)
+            attn_map: AttentionMap | None = self._shared_map(slot)
             out = _apply(attn_map, self.project_values(x), p)
         else:
             q, k, v = self.project(x)
-            form = None if slot is None and not p else "dense"
+            form: Literal["dense"] | None = None if slot is None and not p else "dense"
             bias = None if bias is None else bias.to(q.dtype)
             out, attn_map = attention(q, k, v, scale=self.scale, bias=bias, return_map=form)
             if p:
                 out = _apply(attn_map, v, p)
         if slot is not None:
             slot.map = attn_map
-            if slot.record is not None:
+            if slot.record is not None and attn_map is not None:
                 slot.record(attn_map.dense())
         return self.finish(out.transpose(1, 2).flatten(2), x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -97,10 +98,10 @@ class GridPool(nn.Module):
         return torch.cat([prefix, cells], dim=1)
 
     def matrix(self, layout: Layout) -> Tensor:
-        """The weights of the average (or choice) that each pooled cell is, `(M, N)` cells."""
+        """The weights of the average (or choice) that each pooled cell is, `(M, N)` cells, float64."""
         axes = []
         for n in self._grid(layout):
-            axis = torch.zeros(self._side(n), n)
+            axis = torch.zeros(self._side(n), n, dtype=torch.float64)
             for i in range(self._side(n)):
                 start = i * self.stride - self.padding
                 window = range(max(0, start), min(n, start + self.kernel))
@@ -113,9 +114,8 @@ class GridPool(nn.Module):
         grid = self._grid(layout)
         sizes = layout.sizes
         if sizes is not None:
-            if not torch.compiler.is_compiling():
-                spread = _spread
-            else:
+            spread: Callable[..., tuple[float, ...]] = _spread
+            if torch.compiler.is_compiling():
                 spread = _spread.__wrapped__  # tracing runs once: nothing to remember
             step = None if self.kind == "stride" else (self.kernel, self.padding)
             sizes = sizes[: layout.prefix] + spread(sizes[layout.prefix :], grid, self.stride, step)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .cost import LayerCost
+    from .pooling import Kind
 
 ATTEND, SHARE, POOL = "A", "S", "|"
 
@@ -121,7 +122,7 @@ class Schedule:
         return self.text == ATTEND * self.depth
 
     def rows(
-        self, model: nn.Module, *, pool: str = "max", dims: Literal[1, 2] = 2
+        self, model: nn.Module, *, pool: Kind = "max", dims: Literal[1, 2] = 2
     ) -> list[LayerCost]:
         """Cost of each layer of ``model`` under this schedule: see ``psvit.cost.layer_costs``."""
         from .cost import layer_costs
@@ -129,13 +130,13 @@ class Schedule:
         return layer_costs(model, self, pool=pool, dims=dims)
 
     def flops(
-        self, model: nn.Module, *, pool: str = "max", dims: Literal[1, 2] = 2
+        self, model: nn.Module, *, pool: Kind = "max", dims: Literal[1, 2] = 2
     ) -> int:
         """FLOPs of one image through ``model`` under this schedule, a multiply-add counted as 2."""
         return sum(row.flops for row in self.rows(model, pool=pool, dims=dims))
 
     def params(
-        self, model: nn.Module, *, pool: str = "max", dims: Literal[1, 2] = 2
+        self, model: nn.Module, *, pool: Kind = "max", dims: Literal[1, 2] = 2
     ) -> int:
         """Parameters of ``model`` that take part: without Q and K of the sharing layers."""
         return sum(row.params for row in self.rows(model, pool=pool, dims=dims))

@@ -165,6 +165,8 @@ class Flow:
         """One block, after the pool that stands before it, if one does."""
         stack = self.stack
         stage, donor = stack.stages[index], stack.donors[index]
+        if index == 0:
+            x = x.contiguous()  # where nothing is in front of the patches they may be a view
         if self.layouts is None and stack.schedule.pools:
             self.layouts = stack.layouts(x.shape[1])
         if index and stage > stack.stages[index - 1]:

@@ -127,7 +127,7 @@ def _adapter(library: str) -> ModuleType:
 
 
 def check_class(where: str, module: nn.Module, known: type | tuple[type, ...]) -> None:
-    """Raises unless the module is of one of the classes itself: a subclass may compute otherwise."""
+    """Raises unless the module is of just these classes: a subclass may compute otherwise."""
     classes = known if isinstance(known, tuple) else (known,)
     if type(module) not in classes:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from timm.layers import AttentionPoolLatent
@@ -46,7 +48,8 @@ class FusedAttention(Attention):
         return self.q_norm(q), self.k_norm(k), v
 
     def project_values(self, x: Tensor) -> Tensor:
-        weight, bias = self.qkv.weight, self.qkv.bias
+        weight: Tensor = self.qkv.weight
+        bias: Tensor | None = self.qkv.bias
         if not self.stripped:
             first = 2 * weight.shape[0] // 3
             weight, bias = weight[first:], None if bias is None else bias[first:]
@@ -75,9 +78,8 @@ class FusedAttention(Attention):
         new = nn.Linear(
             old.in_features, old.out_features - first, old.bias is not None, device="meta"
         )
-        new.weight = _rows(old.weight, first)
-        if old.bias is not None:
-            new.bias = _rows(old.bias, first)
+        for name, parameter in old.named_parameters():
+            setattr(new, name, _rows(parameter, first))
         new.training = old.training
         self.qkv = new
 
@@ -98,9 +100,21 @@ class Intermediates:
     def __init__(self, model: VisionTransformer) -> None:
         self.model = model
 
-    def __call__(self, x: Tensor, *args, output_fmt: str = "NCHW", **kwargs):
+    def __call__(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Arguments and result are the host's; features after a pool have its smaller grid."""
+        flags = (indices, return_prefix_tokens, norm, stop_early)
         run = type(self.model).forward_intermediates
-        found = run(self.model, x, *args, output_fmt="NLC", **kwargs)
+        found: Any = run(self.model, x, *flags, "NLC", *args, **kwargs)
         if output_fmt == "NLC":
             return found
         if output_fmt != "NCHW":
@@ -113,7 +127,7 @@ class Intermediates:
         final, features = found
         return final, [self._image(y) for y in features]
 
-    def _image(self, feature):
+    def _image(self, feature: Any) -> Any:
         if isinstance(feature, tuple):  # with its prefix tokens
             return self._image(feature[0]), *feature[1:]
         stack = self.model.blocks
@@ -174,7 +188,7 @@ def _check_layer(where: str, layer: nn.Module) -> None:
     parts = (NAMES.norm1, NAMES.norm2, NAMES.mlp, *NAMES.after_attention, *NAMES.after_mlp)
     check_children(where, layer, {**dict.fromkeys(parts), NAMES.attention: TimmAttention})
     check_attributes(where, layer, ())
-    where, attn = f"{where}.attn", layer.attn
+    where, attn = f"{where}.attn", layer.get_submodule("attn")
     known: dict = dict.fromkeys(("q_norm", "k_norm", "proj", "proj_drop"))
     known |= {"qkv": nn.Linear, "attn_drop": nn.Dropout}
     known |= {name: None for name in ("norm", "gate") if getattr(attn, name, None) is not None}
@@ -185,8 +199,8 @@ def _check_layer(where: str, layer: nn.Module) -> None:
 
 def _heads(model: VisionTransformer) -> list:
     """An attention pool sees every token; with ``global_pool=""`` so do the classifiers."""
-    pool = model.attn_pool
-    if isinstance(pool, AttentionPoolLatent):
+    if isinstance(model.attn_pool, AttentionPoolLatent):
+        pool: Any = model.attn_pool
         width, queries = pool.kv.in_features, pool.latent_len
 
         def flops(tokens: int) -> int:
@@ -195,7 +209,7 @@ def _heads(model: VisionTransformer) -> list:
             linear = tokens * pool.kv.out_features * width + queries * inner * width
             linear += queries * inner * pool.proj.out_features
             mlp = sum(m.weight.numel() for m in pool.mlp.modules() if isinstance(m, nn.Linear))
-            return core + 2 * (linear + queries * mlp)
+            return int(core + 2 * (linear + queries * mlp))
 
         return [(pool, flops)]
     if model.global_pool == "" and not isinstance(model, deit.VisionTransformerDistilled):

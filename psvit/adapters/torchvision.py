@@ -43,10 +43,11 @@ class PackedAttention(Attention):
         return q, k, v
 
     def project_values(self, x: Tensor) -> Tensor:
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight: Tensor = self.in_proj_weight
+        bias: Tensor | None = self.in_proj_bias
         if not self.stripped:
             first = 2 * weight.shape[0] // 3
-            weight, bias = weight[first:], None if bias is None else bias[first:]  # type: ignore
+            weight, bias = weight[first:], None if bias is None else bias[first:]
         return split_heads(F.linear(x, weight, bias), self.num_heads)
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -146,8 +147,8 @@ class HubStack(Stack):
 
     def __init__(self, host: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(host, *args, **kwargs)
-        first = self.block(0)._host[0]  # type: ignore[index]
-        self.config = first._modules[self.block(0).names.attention].config  # type: ignore
+        first: Any = self.block(0)._host[0]  # type: ignore[index]
+        self.config = first._modules[self.block(0).names.attention].config
         self.tap = _TAPS[type(first)]()
         self.tap.requires_grad_(False)
         for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
@@ -183,7 +184,7 @@ class HubStack(Stack):
             return tuple(outs[1:])
 
         outs = self._gradient_checkpointing_func(run, x)
-        flow.ready = list(zip(outs[:-1], outs[1:], strict=True))
+        flow.ready = list(itertools.pairwise(outs))
         return outs[0]
 
 

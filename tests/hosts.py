@@ -1,0 +1,143 @@
+"""Small models of every family, with weights that make every part of them matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+Case = tuple[str, Callable[[], nn.Module]]
+
+IMAGES = (2, 3, 32, 32)
+DEPTH = 4
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """No weight left at zero or one: layer scale, biases and norms count."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.25 if parameter.dim() > 1 else 0.5)
+    return model.eval()
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(*(shape or IMAGES))
+
+
+def answer(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    """The tensor that counts in what a model gives."""
+    out = model(x, **options)
+    if isinstance(out, (Tensor, tuple)):
+        return out if isinstance(out, Tensor) else torch.stack(out)
+    for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
+        if getattr(out, name, None) is not None:
+            return getattr(out, name)
+    raise AssertionError(type(out))
+
+
+def timm_vit(**options: Any) -> nn.Module:
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    size = dict(img_size=32, patch_size=4, embed_dim=24, depth=DEPTH, num_heads=3, num_classes=5)
+    return randomised(timm.VisionTransformer(**(size | options)))
+
+
+def timm_deit() -> nn.Module:
+    timm = pytest.importorskip("timm.models.deit")
+    return randomised(
+        timm.VisionTransformerDistilled(
+            img_size=32, patch_size=4, embed_dim=24, depth=DEPTH, num_heads=3, num_classes=5
+        )
+    )
+
+
+def _swiglu() -> type:
+    return pytest.importorskip("timm.layers").SwiGLUPacked
+
+
+TIMM: list[Case] = [
+    ("vit", timm_vit),
+    ("deit-distilled", timm_deit),
+    ("dinov2", lambda: timm_vit(reg_tokens=4, init_values=1e-5, mlp_layer=_swiglu())),
+    ("siglip", lambda: timm_vit(class_token=False, global_pool="map")),
+    ("qk-norm", lambda: timm_vit(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True)),
+    ("average", lambda: timm_vit(class_token=False, global_pool="avg", qkv_bias=False)),
+    ("no-embed-class", lambda: timm_vit(no_embed_class=True, reg_tokens=1, pre_norm=True)),
+    ("dynamic", lambda: timm_vit(dynamic_img_size=True, proj_bias=False)),
+    ("oblong", lambda: timm_vit(img_size=(16, 64))),
+]
+
+
+def _hub(kind: str, config: str, **options: Any) -> nn.Module:
+    hub = pytest.importorskip("transformers")
+    size = dict(
+        hidden_size=24,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=3,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=4,
+    )
+    size |= options
+    if config in ("CLIPConfig", "SiglipConfig"):
+        size = dict(vision_config=size)
+    return randomised(getattr(hub, kind)(getattr(hub, config)(**size)))
+
+
+HUB: list[Case] = [
+    ("vit", lambda: _hub("ViTModel", "ViTConfig")),
+    ("vit-classifier", lambda: _hub("ViTForImageClassification", "ViTConfig", qkv_bias=False)),
+    ("deit", lambda: _hub("DeiTForImageClassificationWithTeacher", "DeiTConfig")),
+    ("dinov2", lambda: _hub("Dinov2ForImageClassification", "Dinov2Config", mlp_ratio=2)),
+    ("dinov2-swiglu", lambda: _hub("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True)),
+    ("dinov2-registers", lambda: _hub("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig")),
+    ("siglip", lambda: _hub("SiglipVisionModel", "SiglipVisionConfig")),
+    ("siglip-classifier", lambda: _hub("SiglipForImageClassification", "SiglipConfig")),
+    ("clip", lambda: _hub("CLIPVisionModel", "CLIPVisionConfig")),
+    ("clip-projection", lambda: _hub("CLIPVisionModelWithProjection", "CLIPVisionConfig")),
+]
+
+
+def torchvision_vit(**options: Any) -> nn.Module:
+    vit = pytest.importorskip("torchvision.models.vision_transformer")
+    return randomised(vit.VisionTransformer(32, 4, DEPTH, 3, 24, 48, num_classes=5, **options))
+
+
+def _with_stem() -> nn.Module:
+    vit = pytest.importorskip("torchvision.models.vision_transformer")
+    stem = [vit.ConvStemConfig(out_channels=8, kernel_size=3, stride=s) for s in (2, 2)]
+    return torchvision_vit(conv_stem_configs=stem)
+
+
+TORCHVISION: list[Case] = [
+    ("vit", torchvision_vit),
+    ("conv-stem", _with_stem),
+    ("pre-logits", lambda: torchvision_vit(representation_size=7)),
+]
+
+
+def cases(family: list[Case]) -> Any:
+    """A parametrisation over a family: the test gets ``make``, which makes a host."""
+    return pytest.mark.parametrize("make", [m for _, m in family], ids=[n for n, _ in family])
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of a loss that every output counts in, for each parameter that has one."""
+    model.zero_grad()
+    out = answer(model, x)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    (out * weights).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(
+    got: dict[str, Tensor], want: dict[str, Tensor], **tolerance: float
+) -> None:
+    __tracebackhide__ = True
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        torch.testing.assert_close(
+            got[name], gradient, msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
