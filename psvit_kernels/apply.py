@@ -43,7 +43,7 @@ def apply_attention(
 
     Source: PSViT, arXiv 2108.03428, section 3.
     """
-    v = _checked(attn_map, v)
+    attn_map, v = _checked(attn_map, v)
     heads = _checked_heads(head_index, attn_map.shape[1], v.shape[1])
     _check_correction(correction, attn_map, v)
     if isinstance(attn_map, DenseMap):
@@ -56,7 +56,7 @@ def apply_attention(
     return out.transpose(1, 2)
 
 
-def _checked(attn_map: AttentionMap, v: Tensor) -> Tensor:
+def _checked(attn_map: AttentionMap, v: Tensor) -> tuple[DenseMap | FactoredMap, Tensor]:
     if not isinstance(attn_map, (DenseMap, FactoredMap)):
         raise TypeError(
             f"attn_map: got {type(attn_map).__name__}, expected a DenseMap or FactoredMap; "
@@ -78,7 +78,7 @@ def _checked(attn_map: AttentionMap, v: Tensor) -> Tensor:
         )
     checks.size("v", v, 2, "tokens", n, "the map")
     checks.unit_last_stride("v", v)
-    return v
+    return attn_map, v
 
 
 def _checked_heads(
@@ -152,9 +152,7 @@ def _fake_factored(q, k, lse, bias, scale, v, head_index, correction):
     return _fake_out(q.shape[2], v)
 
 
-def _fake_factored_backward(
-    grad_out, q, k, lse, bias, scale, v, head_index, correction, need_bias
-):
+def _fake_factored_backward(grad_out, q, k, lse, bias, scale, v, head_index, correction, need_bias):
     dbias = q.new_empty(*q.shape[:3], k.shape[2]) if need_bias else q.new_empty(0)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     return dq, dk, dbias, dv, _fake_correction(correction, v)

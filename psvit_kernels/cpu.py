@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,11 +13,11 @@ from .grid import pooled_grid
 from .maps import row_pitch
 
 try:
-    from . import _native  # type: ignore[attr-defined]
+    from . import _native
 
     _import_error: str | None = None
 except ImportError as error:
-    _native = None
+    _native = None  # type: ignore[assignment]
     _import_error = str(error)
     warnings.warn(
         f"psvit_kernels: the compiled module could not be imported ({error}); the PyTorch "
@@ -57,7 +58,7 @@ def _pool_reason(x, grid, prefix, kind, kernel, stride, padding, weight, bias, g
     return None
 
 
-_SUPPORTS = {
+_SUPPORTS: dict[str, Callable[..., str | None]] = {
     "attention": lambda q, k, v, *_: _head_dims(q, v),
     "attention_backward": lambda g, gm, q, k, v, *_: _head_dims(q, v),
     "apply_dense": lambda storage, v, *_: _head_dims(v),
@@ -245,7 +246,7 @@ def token_pool(
     _native.token_pool(
         x.dtype is torch.bfloat16, _POOL_KIND[kind], (b, c, prefix), (*grid, *new_grid),
         (*kernel, *stride, *padding), _tokens(x), _tokens(out),
-        *(_address(t) for t in parameters), norm_eps, torch.get_num_threads(),
+        *map(_address, parameters), norm_eps, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -264,19 +265,19 @@ def token_pool_backward(
             grad_out.float(), pooled.float(), norm_weight, norm_bias, norm_eps
         )
         grad_out, dnorm_weight = grad_out.to(x.dtype), dnw.to(norm_weight.dtype)
-        dnorm_bias = absent if norm_bias is None else dnb.to(norm_bias.dtype)
+        dnorm_bias = absent if norm_bias is None or dnb is None else dnb.to(norm_bias.dtype)
     grad_out = _unit(grad_out)
     b, _, c = x.shape
     dx = x.new_empty(x.shape)
     taps = _taps_first(weight)
-    dtaps = None if taps is None else torch.empty_like(taps)
-    dbias = None if taps is None else taps.new_empty(c)
+    sums = x.new_empty(0 if taps is None else taps.shape[0] + 1, c, dtype=torch.float32)
+    dtaps, dbias = sums[:-1], sums[-1:]
     _native.token_pool_backward(
         x.dtype is torch.bfloat16, _POOL_KIND[kind], (b, c, prefix),
         (*grid, *pooled_grid(grid, kernel, stride, padding)), (*kernel, *stride, *padding),
-        _tokens(x), _tokens(grad_out), _tokens(dx), _address(taps), _address(dtaps),
-        _address(dbias), torch.get_num_threads(),
+        _tokens(x), _tokens(grad_out), _tokens(dx), _address(taps), dtaps.data_ptr(),
+        dbias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     dweight = absent if weight is None else dtaps.t().reshape(weight.shape).to(weight.dtype)
-    dbias = absent if bias is None else dbias.to(bias.dtype)
+    dbias = absent if bias is None else dbias.flatten().to(bias.dtype)
     return dx, dweight, dbias, dnorm_weight, dnorm_bias

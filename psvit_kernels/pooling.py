@@ -96,9 +96,7 @@ def token_pool(
 def _check_grid(x: Tensor, grid: tuple[int, ...], prefix: int, dims: int) -> None:
     if len(grid) != dims or any(n < 1 for n in grid):
         expected = "(h, w)" if dims == 2 else "(n,)"
-        raise ValueError(
-            f"grid: got {grid}, expected {expected} of positive sizes for dims={dims}"
-        )
+        raise ValueError(f"grid: got {grid}, expected {expected} of positive sizes for dims={dims}")
     if prefix < 0:
         raise ValueError(f"prefix: got {prefix}, expected 0 or more")
     cells = grid[0] * (grid[1] if dims == 2 else 1)
@@ -114,9 +112,7 @@ def _new_grid(grid: tuple[int, ...], kernel: int, stride: int, padding: int) -> 
     if kernel < 1 or stride < 1:
         raise ValueError(f"kernel, stride: got {kernel} and {stride}, expected 1 or more")
     if padding < 0 or 2 * padding > kernel:
-        raise ValueError(
-            f"padding: got {padding} for kernel {kernel}, expected 0 to {kernel // 2}"
-        )
+        raise ValueError(f"padding: got {padding} for kernel {kernel}, expected 0 to {kernel // 2}")
     if any(n + 2 * padding < kernel for n in grid):
         raise ValueError(
             f"kernel: got {kernel} with padding {padding}, expected one that fits in grid {grid}"
@@ -203,9 +199,7 @@ def _backward(ctx, grad_out):
         grad_out, x, *ctx.window, weight, bias, ctx.groups, norm_weight, norm_bias, ctx.norm_eps
     )
     given = (x, weight, bias, norm_weight, norm_bias)
-    dx, dw, db, dnw, dnb = (
-        None if t is None else g for t, g in zip(given, grads, strict=True)
-    )
+    dx, dw, db, dnw, dnb = (None if t is None else g for t, g in zip(given, grads, strict=True))
     return dx, *[None] * len(ctx.window), dw, db, None, dnw, dnb, None
 
 

@@ -29,9 +29,7 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     return scores if bias is None else scores + _wide(bias)
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, lse: Tensor
-) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, lse: Tensor) -> Tensor:
     return torch.exp(_scores(q, k, bias, scale) - lse.unsqueeze(-1))
 
 
@@ -100,7 +98,7 @@ def _apply_backward(
     if head_index is not None:
         p = p[:, head_index]
     wide_v, g = _wide(v), _wide(grad_out).transpose(1, 2)
-    dv_direct, dcorrection = 0.0, v.new_empty(0)
+    dv_direct, dcorrection = v.new_zeros(()), v.new_empty(0)
     if correction is not None:
         g, dv_direct, dcorrection = correction_backward(g, p @ wide_v, wide_v, correction)
     dp = g @ wide_v.transpose(-1, -2)
@@ -167,7 +165,7 @@ def apply_factored_backward(
     correction: Tensor | None,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients reach q and k through the whole softmax: lse is a function of them, not an input."""
+    """Gradients reach q and k through the whole softmax: lse is a function of them."""
     p = _probabilities(q, k, bias, scale, lse)
     dp, dv, dcorrection = _apply_backward(grad_out, p, v, head_index, correction)
     dq, dk, ds = _softmax_backward(p, dp, q, k, scale)
@@ -251,11 +249,12 @@ def _pool_image_backward(
     aten = torch.ops.aten
     if kind == "max":
         _, index = aten.max_pool2d_with_indices(image, kernel, stride, padding)
-        pool = (kernel, stride, padding, [1, 1], False)
-        return aten.max_pool2d_with_indices_backward(g, image, *pool, index), None, None
+        window = (kernel, stride, padding, [1, 1], False)
+        return aten.max_pool2d_with_indices_backward(g, image, *window, index), None, None
     if kind == "avg":
-        pool = (kernel, stride, padding, False, False, None)
-        return aten.avg_pool2d_backward(g, image, *pool), None, None
+        counted = (False, False, None)  # no ceil_mode, padding left out, no divisor of its own
+        dx = aten.avg_pool2d_backward(g, image, kernel, stride, padding, *counted)
+        return dx, None, None
     if kind == "stride":
         dx = torch.zeros_like(image)
         dx[:, :, :: stride[0], :: stride[1]] = g

@@ -99,6 +99,4 @@ def register(schema: str, fake, backward=None, setup_context=None) -> None:
     name = f"psvit_kernels::{op}"
     torch.library.register_fake(name, fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(
-            name, backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
