@@ -13,7 +13,7 @@ from .grid import pooled_grid
 from .maps import row_pitch
 
 try:
-    from . import _native
+    import psvit_kernels._native as _native
 
     _import_error: str | None = None
 except ImportError as error:
