@@ -1,0 +1,304 @@
+"""From the name that a person types to a model with its weights and the images it expects."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import BadInputError, bad_input, need, numbers, one_line, span
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..images import Preprocess
+
+MODEL_HELP = (
+    "a name of timm (vit_tiny_patch16_224), torchvision:NAME (torchvision:vit_b_16), or "
+    "hf:FOLDER, a model saved by transformers"
+)
+
+
+@dataclass
+class Loaded:
+    """A model in eval mode, on the CPU, in float32.
+
+    Args:
+        name: as it was typed.
+        model: the host library's own module.
+        preprocess: what its images need.
+        weights: where its weights came from, for people; None if they are random.
+        depth: number of layers.
+    """
+
+    name: str
+    model: nn.Module
+    preprocess: Preprocess
+    weights: str | None
+    depth: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL and everything that says which weights and images it gets."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="its state dict: .safetensors, .pt or .pth"
+    )
+    parser.add_argument(
+        "--pretrained", action="store_true", help="let timm or torchvision download its weights"
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR|FILE", help="images to run, or one image"
+    )
+    parser.add_argument(
+        "--select", type=span, metavar="START:STOP", help="only these of the sorted images"
+    )
+    parser.add_argument(
+        "--mean",
+        type=numbers,
+        metavar="X",
+        help="subtracted from the pixels (0 to 1): 0.5 or R,G,B",
+    )
+    parser.add_argument("--std", type=numbers, metavar="X", help="what pixels are divided by")
+    parser.add_argument(
+        "--crop", type=float, metavar="X", help="part of the resized image that is kept (0 to 1)"
+    )
+
+
+def load(args: argparse.Namespace) -> Loaded:
+    """The model that the arguments describe.
+
+    Raises:
+        BadInputError: no such model, one that psvit can't convert, weights that don't fit or can't
+            be read, a missing extra.
+    """
+    from .. import adapters
+    from ..images import preprocess_of
+
+    state = None if args.weights is None else read_state(args.weights)
+    kind, colon, rest = args.model.partition(":")
+    if kind == "hf" and colon:
+        model, preprocess = _from_transformers(Path(rest))
+        weights: str | None = rest
+    elif kind == "torchvision" and colon:
+        model, weights = _from_torchvision(rest, args.pretrained), None
+        preprocess = preprocess_of(model)
+    elif colon:
+        raise BadInputError(f"model: got {args.model}, expected {MODEL_HELP}")
+    else:
+        model, weights = _from_timm(args.model, args.pretrained, state), None
+        preprocess = preprocess_of(model)
+    if args.pretrained and weights is None:
+        weights = "pretrained"
+    if state is not None:
+        _fill(model, state, args)
+        weights = str(args.weights)
+    with bad_input():
+        depth = len(adapters.find(model).layers)
+    preprocess = _overridden(preprocess, args)
+    return Loaded(args.model, model.float().eval(), preprocess, weights, depth)
+
+
+def _overridden(preprocess: Preprocess, args: argparse.Namespace) -> Preprocess:
+    for name in ("mean", "std"):
+        values = getattr(args, name)
+        if values is not None:
+            if len(values) not in (1, 3) or (name == "std" and 0 in values):
+                raise BadInputError(f"--{name}: got {values}, expected one number or three")
+            preprocess = replace(preprocess, **{name: values * (3 // len(values))})
+    if args.crop is not None:
+        if not 0 < args.crop <= 1:
+            raise BadInputError(f"--crop: got {args.crop}, expected more than 0 and at most 1")
+        preprocess = replace(preprocess, crop=args.crop)
+    return preprocess
+
+
+def select_images(args: argparse.Namespace) -> list[Path]:
+    """The image files that the arguments name."""
+    from ..images import find_images
+
+    need("demo", "PIL")
+    with bad_input():
+        files = find_images(args.images)
+    chosen = files[args.select] if args.select else files
+    if not chosen:
+        raise BadInputError(f"--select: leaves none of the {len(files)} images in {args.images}")
+    return chosen
+
+
+def read_batches(
+    files: Sequence[Path],
+    preprocess: Preprocess,
+    size: int,
+    step: Callable[[int], object] = lambda count: None,
+) -> Iterator[Tensor]:
+    """Batches of images; a file that can't be read is bad input. ``step`` gets how many were used."""
+    from ..images import batches
+
+    stream = batches(files, preprocess, size)
+    while True:
+        with bad_input():
+            batch = next(stream, None)
+        if batch is None:
+            return
+        yield batch
+        step(len(batch))
+
+
+# --- the host libraries ---------------------------------------------------------------------
+
+
+def _from_timm(name: str, pretrained: bool, state: Mapping[str, Tensor] | None) -> nn.Module:
+    need("timm", "timm")
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise BadInputError(f"model: timm has no {name}{_like(name, timm.list_models())}")
+    options: dict[str, Any] = {}
+    if state is not None and "head.weight" in state:
+        options["num_classes"] = len(state["head.weight"])
+    return _made(name, lambda: timm.create_model(name, pretrained=pretrained, **options))
+
+
+def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
+    need("torchvision", "torchvision")
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if name not in names:
+        raise BadInputError(f"model: torchvision has no {name}{_like(name, names)}")
+    weights = "DEFAULT" if pretrained else None
+    return _made(name, lambda: models.get_model(name, weights=weights))
+
+
+def _made(name: str, make: Any) -> nn.Module:
+    try:
+        return make()
+    except Exception as error:  # what a download raises differs with the host and its version
+        raise BadInputError(f"model: {name} can't be made: {one_line(error)}") from error
+
+
+def _like(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+#: Models of transformers whose usual class has a text half too; the vision half is meant.
+VISION_HALVES = {"CLIPModel": "CLIPVisionModel", "SiglipModel": "SiglipVisionModel"}
+
+
+def _from_transformers(folder: Path) -> tuple[nn.Module, Preprocess]:
+    need("hf", "transformers")
+    if not (folder / "config.json").is_file():
+        raise BadInputError(f"model: {folder} is not a model folder (it has no config.json)")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    with bad_input():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = (config.get("architectures") or ["AutoModelForImageClassification"])[0]
+    architecture = VISION_HALVES.get(architecture, architecture)
+    cls = getattr(transformers, architecture, None)
+    if cls is None:
+        raise BadInputError(f"model: transformers has no {architecture}, named in {folder}")
+    model = _made(str(folder), lambda: cls.from_pretrained(folder, local_files_only=True))
+    return model, _preprocess_of_folder(folder, config)
+
+
+def _preprocess_of_folder(folder: Path, config: Mapping[str, Any]) -> Preprocess:
+    from ..images import Preprocess
+
+    file = folder / "preprocessor_config.json"
+    said: dict[str, Any] = {}
+    if file.is_file():
+        with bad_input():
+            said = json.loads(file.read_text(encoding="utf-8"))
+    side = int(config.get("vision_config", config).get("image_size", 224))
+    half = (0.5, 0.5, 0.5)
+    return Preprocess(
+        size=(side, side),
+        mean=tuple(said.get("image_mean") or half),
+        std=tuple(said.get("image_std") or half),
+        crop=1.0,
+    )
+
+
+# --- weights --------------------------------------------------------------------------------
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A state dict from a file of safetensors or PyTorch, in float32.
+
+    Raises:
+        BadInputError: missing, not such a file, or no state dict in it.
+    """
+    if not path.is_file():
+        raise BadInputError(f"--weights: {path}: no such file")
+    try:
+        state = _read_any(path)
+    except BadInputError:
+        raise
+    except Exception as error:  # safetensors and pickle raise what they like on a bad file
+        raise BadInputError(f"--weights: {path} can't be read: {one_line(error)}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = {k: v for k, v in state.items() if hasattr(v, "float")}
+    if not tensors:
+        raise BadInputError(f"--weights: {path} holds no state dict")
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def _read_any(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        need("demo", "safetensors")
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    import torch
+
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], args: argparse.Namespace) -> None:
+    own = model.state_dict()
+    wrong = [
+        f"{text} {names[0]} ({len(names)})"
+        for text, names in (
+            ("it lacks", [k for k in own if k not in state]),
+            ("it has an unknown", [k for k in state if k not in own]),
+            ("another shape of", [k for k in own if k in state and own[k].shape != state[k].shape]),
+        )
+        if names
+    ]
+    if wrong:
+        raise BadInputError(
+            f"--weights: {args.weights} doesn't fit {args.model}: {'; '.join(wrong)}"
+        )
+    model.load_state_dict(state)
+
+
+# --- outputs --------------------------------------------------------------------------------
+
+
+def logits_of(output: Any) -> Tensor:
+    """Class scores, or features where a model has no classes, `[B, n]`, from any host's output."""
+    for name in ("logits", "pooler_output", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if value is not None:
+            output = value
+            break
+    if isinstance(output, (tuple, list)):
+        output = output[0]
+    return output.mean(1) if output.dim() == 3 else output
+
+
+def has_classes(model: nn.Module) -> bool:
+    """Whether the outputs of a host's model are class scores."""
+    if hasattr(model, "num_classes"):  # timm; torchvision has it too, and always classes
+        return int(model.num_classes) > 0  # type: ignore[arg-type]
+    return type(model).__name__.endswith("ForImageClassification")
