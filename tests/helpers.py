@@ -113,9 +113,7 @@ def assert_accurate(
     error, eager_error = ((t - exact).abs() / unit for t in (got, eager64))
     stored = torch.finfo(eager.dtype).eps / 2 * exact.abs() + smallest
     floor = stored / unit + FLOOR * accumulation_eps(eager.dtype)
-    error, eager_error, floor = (
-        torch.where(finite, t, 0.0) for t in (error, eager_error, floor)
-    )
+    error, eager_error, floor = (torch.where(finite, t, 0.0) for t in (error, eager_error, floor))
     bound = 2 * eager_error.max() + floor
     excess = error - bound
     if bool((excess > 0).any()):
@@ -157,9 +155,7 @@ def _rms(t: Tensor) -> float:
 Results = dict[str, Tensor]
 
 
-def assert_all_accurate(
-    got: Results, exact: Results, eager: Results, magnitude: Results
-) -> None:
+def assert_all_accurate(got: Results, exact: Results, eager: Results, magnitude: Results) -> None:
     __tracebackhide__ = True
     assert got.keys() == exact.keys() == eager.keys()
     for name in got:
@@ -457,7 +453,9 @@ def eager_pool(
     else:
         bias = None if bias is None else bias.to(x.dtype)
         image = F.conv2d(image, weight.to(x.dtype), bias, stride, padding, 1, groups)
-    out = torch.cat([x[:, :prefix], image.flatten(2).transpose(1, 2)], dim=1)
+    out = image.flatten(2).transpose(1, 2)
+    if prefix:
+        out = torch.cat([x[:, :prefix], out], dim=1)
     if norm_weight is None:
         return out, tuple(image.shape[4 - dims :])
     bias = None if norm_bias is None else norm_bias.to(x.dtype)

@@ -13,6 +13,7 @@ from helpers import (
     F64,
     AttentionCase,
     assert_accurate,
+    assert_all_accurate,
     assert_same_bits,
     attention_magnitudes,
     attention_results,
@@ -70,7 +71,8 @@ def test_reference_equals_sdpa_in_float64(shape, form, with_bias):
         case = case._replace(bias=normal(*shape[:4], dtype=F64))
 
     def sdpa(q, k, v, *, scale, bias, return_map):
-        p = torch.softmax((q @ k.transpose(-1, -2)) * case.factor + (0 if bias is None else bias), -1)
+        scores = (q @ k.transpose(-1, -2)) * case.factor
+        p = torch.softmax(scores if bias is None else scores + bias, -1)
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale), p
 
     with pk.use("reference"):
@@ -98,6 +100,64 @@ def test_reference_gradients_equal_autograd_through_the_map(form):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+# --- the bar itself -------------------------------------------------------------------------
+
+
+EPS = torch.finfo(F32).eps
+
+#: What is done to a result, in place; ``unit`` is its magnitude.
+SPOILS = {
+    "one element off by few roundings": lambda t, unit: t[1, 2, 3].add_(16 * EPS * unit[1, 2, 3]),
+    "all elements off by fewer": lambda t, unit: t.add_(4 * EPS * unit),
+    "one element of another sign": lambda t, unit: t[1, 2, 3, 4].neg_(),
+    "one element NaN": lambda t, unit: t[1, 2, 3, 4].fill_(math.nan),
+    "one element infinite": lambda t, unit: t[1, 2, 3, 4].fill_(math.inf),
+    "last row zero": lambda t, unit: t[..., -1, :].zero_(),
+    "last column zero": lambda t, unit: t[..., -1].zero_(),
+    "two heads swapped": lambda t, unit: t.copy_(t.flip(1)),
+    "as if computed in bfloat16": lambda t, unit: t.copy_(t.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+@pytest.mark.parametrize("name", ["out", "map", "dq", "dk", "dv", "dbias"])
+def test_a_spoiled_result_misses_the_bar(name, spoil):
+    case = random_case((2, 3, 21, 37, 32, 24), F32, "dense", bias=normal(2, 3, 21, 37))
+    with pk.use("reference"):
+        exact, got = attention_results(case.double()), attention_results(case)
+    eager, magnitudes = attention_results(case, eager_attention), attention_magnitudes(case)
+    assert_all_accurate(got, exact, eager, magnitudes)
+    got[name] = got[name].detach().clone()
+    SPOILS[spoil](got[name], magnitudes[name].float())
+    with pytest.raises(AssertionError, match=rf"^{name} \("):
+        assert_all_accurate(got, exact, eager, magnitudes)
+
+
+def test_a_result_of_another_shape_or_dtype_misses_the_bar():
+    exact, eager = normal(3, 4, dtype=F64), normal(3, 4)
+    with pytest.raises(AssertionError, match=r"result: shape \(3, 1\), not \(3, 4\)"):
+        assert_accurate(exact.float()[:, :1], exact, eager, exact.abs())
+    with pytest.raises(AssertionError, match="bfloat16, not torch"):
+        assert_accurate(exact.bfloat16(), exact, eager, exact.abs())
+
+
+def test_a_missed_bar_tells_shape_place_and_sizes_of_the_error():
+    exact = torch.ones(2, 3, dtype=F64)
+    got = exact.float()
+    got[1, 2] = 1.5
+    with pytest.raises(AssertionError) as caught:
+        assert_accurate(got, exact, exact.float() + 1e-4, exact, "dv")
+    message = str(caught.value)
+    assert message.startswith("dv (2, 3) torch.float32: 1 of 6 elements miss the bar")
+    assert "the worst, at (1, 2), is 1.5, should be 1: error 0.5, allowed 0.0002" in message
+    assert "(eager's here 0.0001, floor 1.79e-07)" in message
+
+
+def test_fresh_memory_starts_as_nan():
+    for t in (torch.empty(3), torch.empty_like(normal(2)), normal(1).new_empty(4, dtype=BF16)):
+        assert bool(t.isnan().all())
+
+
 # --- every provider against the bar ---------------------------------------------------------
 
 
@@ -112,14 +172,14 @@ def test_values_and_gradients_meet_the_bar_at_577_tokens(backend):
 
 
 @pytest.mark.parametrize("d", [*range(1, 20), 31, 33, 47, 48, 63, 72, 96, 100, 112, 120, 127])
-def test_every_head_dim_meets_the_bar(backend, d):
-    check_attention(random_case((1, 2, 6, 21, d, d), backend.dtype, "dense"))
+def test_every_head_dim_meets_the_bar(kernel, d):
+    check_attention(random_case((1, 2, 6, 21, d, d), kernel.dtype, "dense"))
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 66, 127, 129])
-def test_every_remainder_of_tokens_meets_the_bar(backend, n):
-    check_attention(random_case((1, 2, n, n, 16, 16), backend.dtype, "dense"))
-    check_attention(random_case((1, 1, 3, n, 20, 12), backend.dtype, "factored"))
+def test_every_remainder_of_tokens_meets_the_bar(kernel, n):
+    check_attention(random_case((1, 2, n, n, 16, 16), kernel.dtype, "dense"))
+    check_attention(random_case((1, 1, 3, n, 20, 12), kernel.dtype, "factored"))
 
 
 def test_rows_of_the_map_sum_to_one(provider):
