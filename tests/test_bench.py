@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from psvit.bench import add_arguments, cases, command, cores, main, measure, model
+from psvit.bench import add_arguments, cases, command, cores, main, measure, model, noise
 from psvit_kernels.registry import PROVIDERS
 
 TINY = (1, 2, 5, 8)
@@ -127,6 +127,24 @@ def test_a_speed_up_is_the_median_of_the_ratios_of_rounds():
     assert result.speedup == 3.0  # of 3, 1 and 5; the ratio of medians would be 1.5
     assert (result.value, result.must, result.moonshot) == (1.5, 1.4, 2.0)
     assert result.reached is True and result.moonshot_reached is False
+
+
+def test_rounds_fill_the_time_but_are_never_too_few():
+    assert measure._share(11, 1.0) >= 1 and measure._share(10, 1.5) < 1
+    assert measure._share(100, 0.9) < 1 <= measure._share(200, 0.1)
+    assert measure._share(4, 9.0) < 1 <= measure._share(5, 4.0)
+
+
+def test_what_others_used_is_a_share_or_unknown(monkeypatch):
+    others = noise.Others()
+    assert others() is None
+    monkeypatch.setattr(noise.Others, "SHORTEST", 0.0)
+    cores, own = others._cores, others._own
+    monkeypatch.setattr(noise, "_cores", lambda: (cores[0] + 3.0, cores[1] + 4.0))
+    monkeypatch.setattr(noise, "_own", lambda: own + 2.0)
+    assert others() == pytest.approx(0.25)
+    monkeypatch.setattr(noise, "_cores", lambda: cores)
+    assert others() is None
 
 
 def test_contenders_take_turns_and_short_calls_are_timed_together():

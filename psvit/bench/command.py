@@ -146,9 +146,11 @@ def run_cases(
     import torch
 
     from . import measure
+    from .machine import ceilings
+    from .noise import Others
     from .report import Run
 
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    others = Others()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -156,7 +158,7 @@ def run_cases(
         with measure.pinned_sdpa() as sdpa, _progress(len(cases) + 1) as step:
             step("the machine", 0.0)
             dtypes = dict.fromkeys(str(case.dtype).removeprefix("torch.") for case in cases)
-            ceilings = measure.ceilings(threads, tuple(dtypes), matrix_size)
+            seen = ceilings(threads, tuple(dtypes), matrix_size)
             rows = []
             for done, case in enumerate(cases, 1):
                 step(case.name, done)
@@ -164,7 +166,7 @@ def run_cases(
                 rows.append(measure.measure(case, name, rounds=rounds, step=tick))
     finally:
         torch.set_num_threads(before)
-    return Run(rows, ceilings, name, note, sdpa, threads, load)
+    return Run(rows, seen, name, note, sdpa, threads, others())
 
 
 def _asked_provider(asked: str | None) -> str | None:

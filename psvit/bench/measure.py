@@ -7,6 +7,7 @@ moment of the machine hits them alike; a speed-up is the median of the ratios of
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,13 +26,15 @@ from psvit_kernels import use
 from psvit_kernels.registry import PROVIDERS
 
 from .cases import Case, UnavailableError, Work
+from .noise import Others
 
 #: A call that takes at least this long is timed by itself; shorter ones in a loop of about twice
 #: this length, so that reading the clock costs less than a thousandth.
 SINGLE_CALL_NS = 50_000
 
-#: Rounds when none are asked for: as many as fit in the time, within these.
-ROUNDS = (11, 200)
+#: Rounds when none are asked for: as many as fit in the time, within the last two. Where a round
+#: takes long, the first will do once four times the time is over.
+ROUNDS = (5, 11, 200)
 SECONDS = 2.0
 
 Function = Callable[[], Any]
@@ -50,15 +53,6 @@ class Timing:
     fastest: float
     rounds: int
     inner: int
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine does: GFLOP/s of large matrix products by dtype, GB/s of a large copy."""
-
-    matrix: dict[str, float]
-    copy: float
-    fma: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,10 @@ class Comparison:
 
 @dataclass
 class Row:
-    """Everything known of one case. Without ``timings`` it was refused, or can't be run here."""
+    """Everything known of one case. Without ``timings`` it was refused, or can't be run here.
+
+    ``others`` is the share of all cores that other processes used while it was timed.
+    """
 
     case: str
     dtype: str
@@ -118,6 +115,7 @@ class Row:
     peak_bytes: dict[str, int | None] = field(default_factory=dict)
     flops: float | None = None
     nbytes: float | None = None
+    others: float | None = None
 
 
 # --- one case -------------------------------------------------------------------------------
@@ -150,7 +148,9 @@ def measure(
                     row.status, row.reason = "refused", _refusal(row.gate)
                     return row
                 contenders = {"psvit": work.psvit} | {n: work.baselines[n] for n in case.bars}
+                others = Others()
                 times, inner = interleave(contenders, rounds, seconds, step)
+                row.others = others()
                 row.peak_bytes = {name: peak_bytes(f) for name, f in contenders.items()}
     except UnavailableError as missing:
         row.status, row.reason = "unavailable", str(missing)
@@ -190,28 +190,41 @@ def interleave(
     step: Callable[[float], None] = lambda done: None,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Nanoseconds of one call in each round, by contender, and the calls in each sample."""
-    inner, one_round = {}, 0.0
+    inner = {}
     for name, function in contenders.items():
         function()
         function()
         lasts = _sample(function, 3)
         inner[name] = 1 if lasts >= SINGLE_CALL_NS else int(2 * SINGLE_CALL_NS // lasts) + 1
-        one_round += lasts * inner[name]
-    if rounds is None:
-        rounds = int(min(max(seconds * 1e9 / one_round, ROUNDS[0]), ROUNDS[1]))
-    times = {name: np.empty(rounds) for name in contenders}
-    gc.collect()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    start = time.monotonic()
+    with _no_collection():
+        for done in itertools.count(1):
+            for name, function in contenders.items():
+                times[name].append(_sample(function, inner[name]))
+            share = done / rounds if rounds else _share(done, (time.monotonic() - start) / seconds)
+            step(min(share, 1.0))
+            if share >= 1:
+                break
+    return {name: np.array(values) for name, values in times.items()}, inner
+
+
+def _share(done: int, spent: float) -> float:
+    """How much of the rounds is done, after so many and so much of the time."""
+    few, enough, most = ROUNDS
+    return max(min(spent, done / enough), min(spent / 4, done / few), done / most)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
     was_on = gc.isenabled()
+    gc.collect()
     gc.disable()
     try:
-        for done in range(rounds):
-            for name, function in contenders.items():
-                times[name][done] = _sample(function, inner[name])
-            step((done + 1) / rounds)
+        yield
     finally:
         if was_on:
             gc.enable()
-    return times, inner
 
 
 def _sample(function: Function, calls: int) -> float:
@@ -274,37 +287,7 @@ def peak_bytes(function: Function) -> int | None:
     return peak
 
 
-# --- the machine ----------------------------------------------------------------------------
-
-
-def ceilings(threads: int, dtypes: tuple[str, ...] = ("float32",), size: int = 2048) -> Ceilings:
-    """Measures, in this run, what the percentages in the table are percentages of."""
-    matrix = {name: _matrix_rate(getattr(torch, name), size) for name in dtypes}
-    source = torch.ones(64 * size, size // 8)
-    target = torch.empty_like(source)
-    copied = 2 * source.numel() * source.itemsize
-    return Ceilings(matrix, copied / _median(lambda: target.copy_(source)), _fma_rate(threads))
-
-
-def _matrix_rate(dtype: torch.dtype, size: int) -> float:
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    c = torch.empty_like(a)
-    return 2 * size**3 / _median(lambda: torch.mm(a, b, out=c))
-
-
-def _median(function: Function) -> float:
-    """Nanoseconds."""
-    return float(np.median(interleave({"": function}, rounds=9)[0][""]))
-
-
-def _fma_rate(threads: int) -> float | None:
-    """GFLOP/s of fused multiply-adds in registers, if the compiled module can measure it."""
-    try:
-        from psvit_kernels import _native  # type: ignore[attr-defined]
-
-        return float(_native.peak_gflops(threads))
-    except (ImportError, AttributeError):
-        return None
+# --- what is pinned -------------------------------------------------------------------------
 
 
 @contextmanager

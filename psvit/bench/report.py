@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-import psvit
-
-from .measure import Ceilings, Comparison, Gate, Row
+from .machine import Ceilings, commit, machine, versions
+from .measure import Comparison, Gate, Row
 
 SCHEMA = 1
+
+#: Share of the cores that others may use before a run is called noise.
+QUIET = 0.03
+
 METHOD = (
     "contenders take turns; times are medians with p20 and p80; a speed-up is the median of the "
     "ratios of single rounds, all within this run; inputs stay warm in the cache, as in a model"
@@ -38,7 +35,7 @@ class Run:
     provider_note: str | None
     sdpa: str
     threads: int
-    load: float | None
+    others: float | None
     device: str = "cpu"
 
 
@@ -56,7 +53,7 @@ def as_dict(run: Run) -> dict[str, Any]:
         "provider_note": run.provider_note,
         "sdpa_backend": run.sdpa,
         "threads": run.threads,
-        "load_before": run.load,
+        "others": run.others,
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
@@ -76,6 +73,7 @@ def _row_dict(row: Row, ceilings: Ceilings) -> dict[str, Any]:
         "dtype": row.dtype,
         "status": row.status,
         "reason": row.reason,
+        "others": row.others,
         "error": row.gate and _gate_dict(row.gate),
         "flops": row.flops,
         "bytes": row.nbytes,
@@ -134,56 +132,6 @@ def summary(rows: Iterable[Row]) -> dict[str, int]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """The kind of machine; nothing that names this one."""
-    return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": _cores(),
-    }
-
-
-def _cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-def versions() -> dict[str, str | None]:
-    return {"python": platform.python_version(), "torch": torch.__version__} | {
-        name: _version(name) for name in ("psvit", "numpy", "timm")
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """The commit, with "-dirty" if files differ from it, where psvit runs from a checkout."""
-    root = Path(psvit.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 # --- for people -----------------------------------------------------------------------------
 
 
@@ -198,9 +146,11 @@ def show(run: Run, console: Console) -> None:
     )
     if run.provider_note:
         console.print(f"[yellow]{run.provider_note}[/]")
-    cores = where["cores"] or 1
-    if run.load is not None and run.load > 0.3 * cores:
-        console.print(f"[yellow]load {run.load:.1f} on {cores} cores: others were running[/]")
+    if run.others is not None and run.others > QUIET:
+        console.print(
+            f"[yellow]other processes used {100 * run.others:.0f} % of the cores meanwhile: "
+            f"these figures are noise[/]"
+        )
     console.print(_table(run))
     for row in run.rows:
         if row.status != "measured":
@@ -226,7 +176,7 @@ def _table(run: Run) -> Table:
     for name in ("median", "fastest", "speed-up", "p20 to p80", "must", "moonshot"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("reached", no_wrap=True)
-    for name in ("error", "x eager's", "% matrix", "% copy", "peak MB"):
+    for name in ("error", "x eager's", "% matrix", "% copy", "peak MB", "others"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in run.rows:
         _add_row(table, row, run.ceilings)
@@ -248,6 +198,7 @@ def _add_row(table: Table, row: Row, ceilings: Ceilings) -> None:
         _number(rate["percent_of_matrix_rate"], ".0f"),
         _number(rate["percent_of_copy"], ".0f"),
         _memory_text(row, "psvit"),
+        _number(row.others, ".0%"),
     )
     for c in row.comparisons:
         last = c is row.comparisons[-1]

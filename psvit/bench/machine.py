@@ -1,0 +1,110 @@
+"""The machine that a run was made on: what it is, and how fast it was seen to be."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import psvit
+
+from .measure import Function, interleave
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine does: GFLOP/s of large matrix products by dtype, GB/s of a large copy."""
+
+    matrix: dict[str, float]
+    copy: float
+    fma: float | None = None
+
+
+def ceilings(threads: int, dtypes: tuple[str, ...] = ("float32",), size: int = 2048) -> Ceilings:
+    """Measures, in this run, what the percentages in the table are percentages of."""
+    matrix = {name: _matrix_rate(getattr(torch, name), size) for name in dtypes}
+    source = torch.ones(64 * size, size // 8)
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() * source.itemsize
+    return Ceilings(matrix, copied / _median(lambda: target.copy_(source)), _fma_rate(threads))
+
+
+def _matrix_rate(dtype: torch.dtype, size: int) -> float:
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    c = torch.empty_like(a)
+    return 2 * size**3 / _median(lambda: torch.mm(a, b, out=c))
+
+
+def _median(function: Function) -> float:
+    """Nanoseconds."""
+    return float(np.median(interleave({"": function}, rounds=9)[0][""]))
+
+
+def _fma_rate(threads: int) -> float | None:
+    """GFLOP/s of fused multiply-adds in registers, if the compiled module can measure it."""
+    try:
+        from psvit_kernels import _native
+    except ImportError:
+        return None
+    peak = getattr(_native, "peak_gflops", None)
+    return float(peak(threads)) if peak else None
+
+
+# --- what it is -------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """The kind of machine; nothing that names this one."""
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": _cores(),
+    }
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def versions() -> dict[str, str | None]:
+    return {"python": platform.python_version(), "torch": torch.__version__} | {
+        name: _version(name) for name in ("psvit", "numpy", "timm")
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit, with "-dirty" if files differ from it, where psvit runs from a checkout."""
+    root = Path(psvit.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
