@@ -63,9 +63,10 @@ class Stack(nn.Module):
         self.prefix = prefix
         self.grid = grid
         self.size_bias = size_bias
-        #: For each block the number of pools before it, and the place of its donor.
+        # What a pass asks the schedule, as plain tuples: tracing can't follow cached properties.
         self.stages = tuple(s for s, layers in enumerate(schedule.stages) for _ in layers)
         self.donors = schedule.donors
+        self.groups = schedule.groups
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, N, C)` to `(B, M, C)`, M tokens being left after the last pool."""
@@ -129,7 +130,7 @@ class Stack(nn.Module):
         """
         layout = Layout(self.prefix, self.grid.of(tokens - self.prefix))
         layouts = [layout.with_sizes() if self.size_bias else layout]
-        for i in range(len(self.schedule.pools)):
+        for i in range(self.stages[-1]):
             layouts.append(self.pool(i).reduced(layouts[-1]))
         return layouts
 
@@ -157,7 +158,7 @@ class Flow:
 
     def open(self, record: Callable[[Tensor], object] | None) -> None:
         """A slot for each group whose map somebody else wants."""
-        groups = self.stack.schedule.groups
+        groups = self.stack.groups
         wanted = [group for group in groups if len(group) > 1 or record is not None]
         self.slots = {group[0]: MapSlot(record) for group in wanted}
 
@@ -167,7 +168,7 @@ class Flow:
         stage, donor = stack.stages[index], stack.donors[index]
         if index == 0:
             x = x.contiguous()  # where nothing is in front of the patches they may be a view
-        if self.layouts is None and stack.schedule.pools:
+        if self.layouts is None and stack.stages[-1]:
             self.layouts = stack.layouts(x.shape[1])
         if index and stage > stack.stages[index - 1]:
             assert self.layouts is not None

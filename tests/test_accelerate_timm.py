@@ -51,21 +51,13 @@ def naive(host, x, schedule, kind="max", size_bias=False):
     for character in schedule:
         if character == "|":
             image = x[:, p:].transpose(1, 2).unflatten(2, (h, w))
-            ones = torch.ones(1, 1, h, w, dtype=x.dtype)
             if kind == "max":
                 image = F.max_pool2d(image, 3, 2, 1)
             elif kind == "avg":
                 image = F.avg_pool2d(image, 3, 2, 1, count_include_pad=False)
             else:
                 image = image[:, :, ::2, ::2]
-            if kind == "stride":
-                sizes = F.avg_pool2d(sizes[None, None], 2, ceil_mode=True, divisor_override=1)[0, 0]
-            else:
-                box = torch.ones(1, 1, 3, 3, dtype=x.dtype)
-                windows = F.conv_transpose2d(
-                    F.conv2d(ones, box, None, 2, 1) * 0 + 1, box, None, 2, 1, (1 - h % 2, 1 - w % 2)
-                )
-                sizes = F.conv2d(sizes / windows[0], box[0, :1, None] * 1, None, 2, 1)[0]
+            sizes = pooled_sizes(sizes, kind)
             h, w = image.shape[2:]
             x = torch.cat([x[:, :p], image.flatten(2).transpose(1, 2)], 1)
             continue
@@ -87,6 +79,18 @@ def naive(host, x, schedule, kind="max", size_bias=False):
     return host.forward_head(host.norm(x))
 
 
+def pooled_sizes(sizes, kind):
+    """Sums over windows, each token split equally among the windows that hold it."""
+    sizes = sizes[None, None]
+    if kind == "stride":
+        return F.avg_pool2d(sizes, 2, ceil_mode=True, divisor_override=1)[0, 0]
+    box = torch.ones(1, 1, 3, 3, dtype=sizes.dtype)
+    one_a_window = torch.ones_like(F.conv2d(sizes, box, stride=2, padding=1))
+    odd = [1 - n % 2 for n in sizes.shape[2:]]
+    windows = F.conv_transpose2d(one_a_window, box, stride=2, padding=1, output_padding=odd)
+    return F.conv2d(sizes / windows, box, stride=2, padding=1)[0, 0]
+
+
 @pytest.mark.parametrize(
     ("schedule", "kind", "size_bias"),
     [
@@ -98,9 +102,7 @@ def naive(host, x, schedule, kind="max", size_bias=False):
     ],
 )
 @hosts.cases([case for case in hosts.TIMM if case[0] in ("dinov2", "siglip", "qk-norm", "oblong")])
-def test_sharing_and_pooling_are_what_a_naive_implementation_gives(
-    make, schedule, kind, size_bias
-):
+def test_sharing_and_pooling_are_what_a_naive_implementation_gives(make, schedule, kind, size_bias):
     host = make().double()
     x = images_for(host).double()
     model = psvit.accelerate(host, schedule, pool=kind, size_bias=size_bias)

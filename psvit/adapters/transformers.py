@@ -175,7 +175,7 @@ class HubStack(Stack):
                     f"those: under gradient checkpointing layers that share a map run as one"
                 )
             return ready
-        group = [i for i, donor in enumerate(self.donors) if donor == index]
+        group = next(group for group in self.groups if group[0] == index)
 
         def run(x: Tensor) -> tuple[Tensor, ...]:
             outs = [x]
