@@ -23,10 +23,12 @@ using namespace psvit;
     void apply_backward(const ApplyBackwardArgs&);         \
     void token_pool(const PoolArgs&);                      \
     void token_pool_backward(const PoolArgs&);             \
+    double peak_gflops(int threads);                       \
     }
-#define PSVIT_TABLE(ISA)                                                                        \
-    Kernels{#ISA,           ISA::attention,           ISA::apply, ISA::attention_backward, \
-            ISA::apply_backward, ISA::token_pool, ISA::token_pool_backward}
+#define PSVIT_TABLE(ISA)                                                            \
+    Kernels{#ISA,                    ISA::attention,       ISA::apply,               \
+            ISA::attention_backward, ISA::apply_backward,  ISA::token_pool,          \
+            ISA::token_pool_backward, ISA::peak_gflops}
 
 PSVIT_DECLARE(portable)
 #ifdef PSVIT_ISA_X86
@@ -189,6 +191,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("apply_backward", &apply_backward);
     m.def("token_pool", &token_pool);
     m.def("token_pool_backward", &token_pool_backward);
+    m.def("peak_gflops", [](int threads) { return kernels().peak_gflops(threads); },
+          py::call_guard<py::gil_scoped_release>(),
+          "Fused multiply-adds in registers, in GFLOP/s: what no product can exceed.");
     m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
     m.def("usable_isas", &usable_isas, "The instruction sets that this machine runs, best first.");
     m.def("openmp", &openmp_runtime, "The file of the OpenMP runtime in use, or \"\".");

@@ -97,6 +97,7 @@ struct Kernels {
     void (*apply_backward)(const ApplyBackwardArgs&);
     void (*token_pool)(const PoolArgs&);
     void (*token_pool_backward)(const PoolArgs&);
+    double (*peak_gflops)(int threads);
 };
 
 }  // namespace psvit
