@@ -77,6 +77,7 @@ def _checked(attn_map: AttentionMap, v: Tensor) -> tuple[DenseMap | FactoredMap,
             f"v: got shape {tuple(v.shape)} with batch {v.shape[0]}, expected {allowed}"
         )
     checks.size("v", v, 2, "tokens", n, "the map")
+    checks.not_empty("v", v, 3, "number per head")
     checks.unit_last_stride("v", v)
     return attn_map, v
 
@@ -90,7 +91,7 @@ def _checked_heads(
                 f"v: got {heads} heads, expected {donor_heads} as the map, or a head_index"
             )
         return None
-    index = [int(i) for i in head_index]
+    index = list(checks.integers("head_index", head_index))
     if len(index) != heads:
         raise ValueError(f"head_index: got {len(index)} entries, expected {heads}, one per head")
     if not all(0 <= i < donor_heads for i in index):
@@ -107,8 +108,7 @@ def _check_correction(correction: Tensor | None, attn_map: AttentionMap, v: Tens
             f"correction: got shape {tuple(correction.shape)}, expected ({v.shape[1]}, 3): "
             f"alpha, beta, gamma of each head"
         )
-    if correction.device != v.device:
-        raise ValueError(f"correction: is on device {correction.device}, expected {v.device} as v")
+    checks.parameter("correction", correction, v.dtype, "v", v)
     m, n = attn_map.shape[2:]
     if m != n:
         raise ValueError(f"correction: got a map of shape ({m}, {n}), expected a square one")

@@ -52,7 +52,7 @@ def attention(
     q, k, v, bias = _checked(q, k, v, bias)
     if return_map not in (None, "dense", "factored"):
         raise ValueError(f'return_map: got {return_map!r}, expected None, "dense" or "factored"')
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else checks.number("scale", scale)
     dense = return_map == "dense"
     out, storage, lse = torch.ops.psvit_kernels.attention(q, k, v, bias, scale, dense)
     out = out.transpose(1, 2)
@@ -88,6 +88,8 @@ def _checked(
     checks.size("v", v, 2, "tokens", k.shape[2], "k")
     checks.not_empty("q", q, 2, "token")
     checks.not_empty("k", k, 2, "token")
+    checks.not_empty("q", q, 3, "number per head")
+    checks.not_empty("v", v, 3, "number per head")
     for name, t in (("q", q), ("k", k), ("v", v)):
         checks.unit_last_stride(name, t)
     if bias is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,39 @@ def is_tensor(name: str, value: object, dims: int, shape: str) -> None:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {shape}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point dtype")
+
+
+def integer(name: str, value: object) -> int:
+    """The value as an int; whole numbers of any integer type will do, 1.0 will not."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
+
+
+def number(name: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {value!r}, expected a number") from None
+
+
+def integers(name: str, values: object) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(value) for value in values)  # type: ignore[attr-defined]
+    except TypeError:
+        raise TypeError(f"{name}: got {values!r}, expected a sequence of integers") from None
+
+
+def parameter(name: str, value: Tensor, dtype: torch.dtype, other_name: str, other: Tensor) -> None:
+    """Raises unless a small tensor beside ``other`` is float32 or of ``dtype``, on its device."""
+    if value.dtype not in (torch.float32, dtype):
+        expected = " or ".join(str(t) for t in dict.fromkeys((torch.float32, dtype)))
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}")
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: is on device {value.device}, expected {other.device} as {other_name}"
+        )
 
 
 def unit_last_stride(name: str, value: Tensor) -> None:

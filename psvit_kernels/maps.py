@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import checks
+
 #: Rows of a stored map start on multiples of this many bytes, for vector loads and bulk copies.
 ROW_ALIGNMENT = 16
 
@@ -51,6 +53,15 @@ class DenseMap(AttentionMap):
     storage: Tensor
     n: int
 
+    def __post_init__(self) -> None:
+        checks.is_tensor("storage", self.storage, 4, "(B or 1, H, M, pitch)")
+        if not 1 <= self.n <= self.storage.shape[-1]:
+            raise ValueError(
+                f"n: got {self.n} for storage of shape {tuple(self.storage.shape)}, expected 1 to "
+                f"{self.storage.shape[-1]}, the number of columns that count"
+            )
+        checks.unit_last_stride("storage", self.storage)
+
     @classmethod
     def from_dense(cls, probabilities: Tensor) -> DenseMap:
         """Stores given probabilities, `[B or 1, H, M, N]`, as a map (one copy if N needs padding).
@@ -59,12 +70,8 @@ class DenseMap(AttentionMap):
             ValueError: not four dimensions, or no column.
             TypeError: not a floating-point tensor.
         """
-        if probabilities.dim() != 4 or probabilities.shape[-1] == 0:
-            raise ValueError(
-                f"probabilities: got shape {tuple(probabilities.shape)}, expected (B or 1, H, M, N)"
-            )
-        if not probabilities.is_floating_point():
-            raise TypeError(f"probabilities: got {probabilities.dtype}, expected floating point")
+        checks.is_tensor("probabilities", probabilities, 4, "(B or 1, H, M, N)")
+        checks.not_empty("probabilities", probabilities, 3, "column")
         n = probabilities.shape[-1]
         padding = row_pitch(n, probabilities.element_size()) - n
         return cls(torch.nn.functional.pad(probabilities, (0, padding)).contiguous(), n)
@@ -109,6 +116,30 @@ class FactoredMap(AttentionMap):
     lse: Tensor
     scale: float
     bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        q, k, lse, bias = self.q, self.k, self.lse, self.bias
+        checks.is_tensor("q", q, 4, "(B, H, M, d)")
+        checks.is_tensor("k", k, 4, "(B, H, N, d)")
+        checks.is_tensor("lse", lse, 3, "(B, H, M)")
+        checks.same_kind("k", k, "q", q)
+        for dim, meaning in ((0, "batch"), (1, "heads"), (3, "head dim")):
+            checks.size("k", k, dim, meaning, q.shape[dim], "q")
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        if lse.shape != q.shape[:3] or lse.dtype != wide or lse.device != q.device:
+            raise ValueError(
+                f"lse: got shape {tuple(lse.shape)}, {lse.dtype} on {lse.device}, expected "
+                f"{tuple(q.shape[:3])}, {wide} on {q.device}"
+            )
+        if bias is not None:
+            checks.is_tensor("bias", bias, 4, "(B, H, M, N)")
+            checks.same_kind("bias", bias, "q", q)
+            if bias.shape != self.shape:
+                raise ValueError(
+                    f"bias: got shape {tuple(bias.shape)}, expected {self.shape}; expand it"
+                )
+        checks.unit_last_stride("q", q)
+        checks.unit_last_stride("k", k)
 
     def dense(self) -> Tensor:
         wide = self.lse.dtype

@@ -54,7 +54,8 @@ def token_pool(
         tokens: `[B, prefix + h' w', C']`, contiguous.
         grid: (h', w') or (n',), with h' = (h + 2 padding - kernel) // stride + 1.
 
-    dtypes: float32, bfloat16, float16, float64; sums in float32 (float64 for float64).
+    dtypes: float32, bfloat16, float16, float64, weights and biases the same or float32; sums in
+    float32 (float64 for float64).
 
     Raises:
         ValueError: sizes that don't match, a window that doesn't fit, an unknown kind, a strided
@@ -66,7 +67,11 @@ def token_pool(
     checks.is_tensor("x", x, 3, "(B, N, C)")
     if dims not in (1, 2):
         raise ValueError(f"dims: got {dims!r}, expected 1 or 2")
-    grid = tuple(int(n) for n in grid)
+    grid = checks.integers("grid", grid)
+    prefix = checks.integer("prefix", prefix)
+    windows = (("kernel", kernel), ("stride", stride), ("padding", padding))
+    kernel, stride, padding = (checks.integer(name, size) for name, size in windows)
+    checks.not_empty("x", x, 2, "channel")
     _check_grid(x, grid, prefix, dims)
     checks.unit_last_stride("x", x)
     if kind not in KINDS:
@@ -81,11 +86,11 @@ def token_pool(
         raise ValueError(f'weight, bias: got tensors for kind "{kind}", expected them for "conv"')
     _check_norm(x, norm_weight, norm_bias, width)
     if dims == 1:
-        windows = ([1, grid[0]], [1, kernel], [1, stride], [0, padding])
+        sizes = ([1, grid[0]], [1, kernel], [1, stride], [0, padding])
         weight = None if weight is None else weight.unsqueeze(2)
     else:
-        windows = (list(grid), [kernel, kernel], [stride, stride], [padding, padding])
-    grid2d, kernels, strides, paddings = windows
+        sizes = (list(grid), [kernel, kernel], [stride, stride], [padding, padding])
+    grid2d, kernels, strides, paddings = sizes
     out = torch.ops.psvit_kernels.token_pool(
         x, grid2d, prefix, kind, kernels, strides, paddings, weight, bias, groups,
         norm_weight, norm_bias, norm_eps,
@@ -138,6 +143,7 @@ def _check_conv(
     if weight is None:
         raise ValueError(f'weight: got None, expected shape {shape} for kind "conv"')
     checks.is_tensor("weight", weight, 2 + dims, shape)
+    checks.parameter("weight", weight, x.dtype, "x", x)
     if tuple(weight.shape[1:]) != (c // groups, *[kernel] * dims) or weight.shape[0] % groups:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, expected {shape}, C' a multiple of {groups}"
@@ -151,6 +157,7 @@ def _check_conv(
     if bias is not None:
         checks.is_tensor("bias", bias, 1, f"({width},)")
         checks.size("bias", bias, 0, "channels", width, "weight")
+        checks.parameter("bias", bias, x.dtype, "x", x)
     return width
 
 
@@ -163,6 +170,7 @@ def _check_norm(
         if t is not None:
             checks.is_tensor(name, t, 1, f"({width},)")
             checks.size(name, t, 0, "channels", width, "the pooled tokens")
+            checks.parameter(name, t, x.dtype, "x", x)
 
 
 # --- registration ---------------------------------------------------------------------------

@@ -98,5 +98,14 @@ def register(schema: str, fake, backward=None, setup_context=None) -> None:
     _library.impl(op, run, "CompositeExplicitAutograd")
     name = f"psvit_kernels::{op}"
     torch.library.register_fake(name, fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
+    if backward is None:
+        # Without this, a second derivative would be silently wrong.
+        backward = _not_differentiable(op.removesuffix("_backward"))
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
+
+
+def _not_differentiable(op: str):
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{op}: second derivatives are not implemented")
+
+    return backward
