@@ -15,10 +15,13 @@ constexpr int64_t STEPS = 1000000;
 __attribute__((noinline)) float chains_of_products() {
     vf acc[CHAINS];
     const vf factor = splat(0.999f), term = splat(0.001f);
+#pragma GCC unroll 32
     for (int i = 0; i < CHAINS; i++) acc[i] = splat(float(i));
     for (int64_t step = 0; step < STEPS; step++)
+#pragma GCC unroll 32
         for (int i = 0; i < CHAINS; i++) acc[i] = acc[i] * factor + term;
     vf total = {};
+#pragma GCC unroll 32
     for (int i = 0; i < CHAINS; i++) total += acc[i];
     return sum_lanes(total);
 }
