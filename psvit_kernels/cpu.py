@@ -205,10 +205,11 @@ def apply_factored(q, k, lse, bias, scale, v, head_index, correction):
     out = v.new_empty(b, m, h, dv)
     bias = None if bias is None else _unit_bias(bias)
     correction = _float(correction)
+    lse = lse.contiguous()  # bound to a name, so that its memory lasts
     _native.attention(
         v.dtype is torch.bfloat16, (b, h, m, n, d, dv),
         _strided(q), _strided(k), _strided(v), _maybe(bias), _heads_first(out), None, 0,
-        lse.contiguous().data_ptr(), q.shape[1], True, head_index, _address(correction), scale,
+        lse.data_ptr(), q.shape[1], True, head_index, _address(correction), scale,
         torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -278,6 +279,8 @@ def token_pool_backward(
         _tokens(x), _tokens(grad_out), _tokens(dx), _address(taps), dtaps.data_ptr(),
         dbias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    dweight = absent if weight is None else dtaps.t().reshape(weight.shape).to(weight.dtype)
+    dweight = absent
+    if weight is not None:
+        dweight = dtaps.t().contiguous().view(weight.shape).to(weight.dtype)
     dbias = absent if bias is None else dbias.flatten().to(bias.dtype)
     return dx, dweight, dbias, dnorm_weight, dnorm_bias
