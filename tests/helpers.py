@@ -378,6 +378,100 @@ def check_apply(case: ApplyCase) -> Results:
     return got
 
 
+# --- groups: one layer attends, others share -------------------------------------------------
+
+
+class GroupCase(NamedTuple):
+    """``tensors``: q, k, v of the layer that attends, v0, v1, .. of those that share its map, and
+    bias where there is one. ``grads``: of each layer's output, and of the map if ``grad_map``."""
+
+    tensors: Results
+    grads: list[Tensor]
+    form: str
+    grad_map: Tensor | None = None
+    head_index: Sequence[int] | None = None
+
+    def double(self) -> GroupCase:
+        tensors = {name: t.detach().double() for name, t in self.tensors.items()}
+        grads = [g.double() for g in self.grads]
+        return self._replace(tensors=tensors, grads=grads, grad_map=wide(self.grad_map))
+
+
+def group_case(
+    b: int,
+    h: int,
+    n: int,
+    d: int,
+    dtype: torch.dtype,
+    form: str,
+    *,
+    sharing: int = 2,
+    bias: Tensor | None = None,
+    differentiate_map: bool = False,
+) -> GroupCase:
+    q, k, v = fused_qkv(b, n, h, d, dtype)
+    tensors = {"q": q, "k": k, "v": v}
+    tensors |= {f"v{i}": normal(b, h, n, d, dtype=dtype) for i in range(sharing)}
+    if bias is not None:
+        tensors["bias"] = bias.to(dtype)
+    grads = [normal(b, h, n, d, dtype=dtype) for _ in range(1 + sharing)]
+    grad_map = normal(b, h, n, n, dtype=dtype) if differentiate_map else None
+    return GroupCase(tensors, grads, form, grad_map)
+
+
+def eager_group(case: GroupCase) -> Results:
+    return group_results(case, eager_attention, eager_apply)
+
+
+def group_results(
+    case: GroupCase, attention: Callable = pk.attention, apply: Callable = pk.apply_attention
+) -> Results:
+    """Outputs of one ``A`` and its ``S`` layers, and the gradients of every tensor."""
+    t = {name: leaf(value) for name, value in case.tensors.items()}
+    out, p = attention(t["q"], t["k"], t["v"], bias=t.get("bias"), return_map=case.form)
+    sharing = [name for name in t if name.startswith("v") and name != "v"]
+    outs = [out] + [apply(p, t[name], head_index=case.head_index) for name in sharing]
+    results = {f"out{i}": o for i, o in enumerate(outs)}
+    grads = list(case.grads)
+    if case.grad_map is not None:
+        outs.append(p if isinstance(p, Tensor) else p.dense())
+        grads.append(case.grad_map)
+    found = torch.autograd.grad(outs, list(t.values()), grads)
+    return results | {f"d{name}": g for name, g in zip(t, found, strict=True)}
+
+
+def group_magnitudes(case: GroupCase) -> Results:
+    dtype, case = case.grads[0].dtype, case.double()
+    t, bias = case.tensors, case.tensors.get("bias")
+    q, k = t["q"].abs(), t["k"].abs()
+    scale = 1 / math.sqrt(q.shape[-1])
+    p = eager_attention(t["q"], t["k"], t["v"], bias=bias)[1]
+    p = with_scores(p, q, k, scale, bias)
+    dp = torch.zeros_like(p) if case.grad_map is None else case.grad_map.abs()
+    found = {}
+    for i, (name, g) in enumerate(zip([n for n in t if n[0] == "v"], case.grads, strict=True)):
+        index = range(p.shape[1]) if name == "v" else case.head_index or range(p.shape[1])
+        index = torch.tensor(list(index))
+        g, v = g.abs(), t[name].abs()
+        found[f"out{i}"] = p[:, index] @ v
+        found[f"d{name}"] = p[:, index].transpose(-1, -2) @ g
+        dp = dp.index_add(1, index, g @ v.transpose(-1, -2))
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True))
+    found["dq"], found["dk"] = ds @ k * scale, ds.transpose(-1, -2) @ q * scale
+    if bias is not None:
+        found["dbias"] = bias_magnitude(ds, bias, dtype)
+    return found
+
+
+def check_group(case: GroupCase) -> Results:
+    __tracebackhide__ = True
+    got = group_results(case)
+    with registry.use("reference"):
+        exact = group_results(case.double())
+    assert_all_accurate(got, exact, eager_group(case), group_magnitudes(case))
+    return got
+
+
 # --- token_pool -----------------------------------------------------------------------------
 
 

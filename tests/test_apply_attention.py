@@ -14,14 +14,16 @@ from helpers import (
     apply_dense,
     apply_results,
     assert_accurate,
-    assert_all_accurate,
     assert_same_bits,
     check_apply,
+    check_group,
     eager_apply,
     eager_attention,
+    eager_group,
     fused_qkv,
+    group_case,
+    group_results,
     guarded,
-    leaf,
     normal,
     probabilities,
     threads,
@@ -273,84 +275,24 @@ def test_same_bits_in_every_run_and_with_any_number_of_threads(cpu_provider, dty
 # --- groups: one layer attends, others share ------------------------------------------------
 
 
-def group_inputs(b, h, n, d, dtype, sharing=2, bias=None):
-    q, k, v = fused_qkv(b, n, h, d, dtype)
-    tensors = {"q": q, "k": k, "v": v}
-    for layer in range(sharing):
-        tensors[f"v{layer}"] = normal(b, h, n, d, dtype=dtype)
-    if bias is not None:
-        tensors["bias"] = bias.to(dtype)
-    outs = 1 + sharing
-    return tensors, [normal(b, h, n, d, dtype=dtype) for _ in range(outs)]
-
-
-def group_results(tensors, grads, attend, apply, dense=None, grad_map=None):
-    """Outputs and gradients of one ``A`` and its ``S`` layers; the map's own gradient too."""
-    t = {name: leaf(value) for name, value in tensors.items()}
-    out, p = attend(t["q"], t["k"], t["v"], bias=t.get("bias"))
-    outs = [out] + [apply(p, t[name]) for name in t if name.startswith("v") and name != "v"]
-    results = {f"out{i}": o for i, o in enumerate(outs)}
-    grads = list(grads)
-    if grad_map is not None:
-        outs.append(dense(p))
-        grads.append(grad_map)
-    found = torch.autograd.grad(outs, list(t.values()), grads)
-    return results | {f"d{name}": g for name, g in zip(t, found, strict=True)}
-
-
-def group_magnitudes(tensors, grads, grad_map):
-    t = {name: value.double() for name, value in tensors.items()}
-    q, k = t["q"].abs(), t["k"].abs()
-    scale = 1 / math.sqrt(q.shape[-1])
-    p = eager_attention(t["q"], t["k"], t["v"], bias=t.get("bias"))[1]
-    p = with_scores(p, q, k, scale, t.get("bias"))
-    names = [name for name in t if name.startswith("v")]
-    dp = 0 if grad_map is None else grad_map.double().abs()
-    found = {}
-    for i, (name, g) in enumerate(zip(names, grads, strict=True)):
-        g, v = g.double().abs(), t[name].abs()
-        found[f"out{i}"] = p @ v
-        found[f"d{name}"] = p.transpose(-1, -2) @ g
-        dp = dp + g @ v.transpose(-1, -2)
-    ds = p * (dp + (p * dp).sum(-1, keepdim=True))
-    found["dq"], found["dk"] = ds @ k * scale, ds.transpose(-1, -2) @ q * scale
-    if "bias" in t:
-        found["dbias"] = ds.sum_to_size(t["bias"].shape)
-    return found
-
-
-def check_group(tensors, grads, form, grad_map=None):
-    __tracebackhide__ = True
-
-    def attend(q, k, v, bias):
-        return pk.attention(q, k, v, bias=bias, return_map=form)
-
-    def own(tensors, grads, grad_map):
-        return group_results(
-            tensors, grads, attend, pk.apply_attention, lambda m: m.dense(), grad_map
-        )
-
-    got = own(tensors, grads, grad_map)
-    with pk.use("reference"):
-        double = {name: wide(t) for name, t in tensors.items()}
-        exact = own(double, [wide(g) for g in grads], wide(grad_map))
-    eager = group_results(tensors, grads, eager_attention, eager_apply, lambda p: p, grad_map)
-    assert_all_accurate(got, exact, eager, group_magnitudes(tensors, grads, grad_map))
-
-
 @pytest.mark.parametrize("form", ["dense", "factored"])
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 16), (2, 3, 50, 64), (1, 2, 65, 17), (1, 2, 197, 64), (2, 1, 49, 128)],
     ids=str,
 )  # fmt: skip
 def test_group_of_layers_meets_the_bar(backend, form, shape):
-    check_group(*group_inputs(*shape, backend.dtype), form)
+    check_group(group_case(*shape, backend.dtype, form))
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_group_with_mixed_heads_meets_the_bar(backend, form):
+    case = group_case(2, 3, 21, 32, backend.dtype, form)
+    check_group(case._replace(head_index=[2, 0, 2]))
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
 def test_group_whose_map_the_user_differentiates_too_meets_the_bar(backend, form):
-    tensors, grads = group_inputs(2, 2, 21, 32, backend.dtype)
-    check_group(tensors, grads, form, normal(2, 2, 21, 21, dtype=backend.dtype))
+    check_group(group_case(2, 2, 21, 32, backend.dtype, form, differentiate_map=True))
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
@@ -365,8 +307,7 @@ def test_group_whose_map_the_user_differentiates_too_meets_the_bar(backend, form
     ids=["(N,)", "(1, H, N, N)", "key mask", "causal"],
 )
 def test_group_with_a_bias_meets_the_bar(backend, form, bias):
-    tensors, grads = group_inputs(2, 2, 33, 32, backend.dtype, bias=bias(2, 2, 33))
-    check_group(tensors, grads, form)
+    check_group(group_case(2, 2, 33, 32, backend.dtype, form, bias=bias(2, 2, 33)))
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
@@ -415,6 +356,18 @@ def test_factored_map_without_gradients_meets_the_bar(backend):
     assert_accurate(got, exact_p @ wide(v), eager, size @ wide(v).abs(), "out")
 
 
+def test_part_of_a_factored_map_serves_too(provider):
+    """Some heads or rows of it, as views: lse is then in pieces too."""
+    q, k, v, values = (normal(2, 4, 21, 24) for _ in range(4))
+    m = pk.attention(q, k, v, return_map="factored")[1]
+    whole = m.dense()
+    every = slice(None)
+    for heads, rows in ((slice(1, 3), every), (every, slice(5, 9)), (slice(0, 4, 2), slice(1, 2))):
+        part = pk.FactoredMap(q[:, heads, rows], k[:, heads], m.lse[:, heads, rows], m.scale)
+        got = pk.apply_attention(part, values[:, heads])
+        torch.testing.assert_close(got, whole[:, heads, rows] @ values[:, heads])
+
+
 def test_both_forms_of_a_map_give_the_same_output(provider):
     q, k, v, values = (normal(2, 3, 65, 32) for _ in range(4))
     outs = [
@@ -426,28 +379,19 @@ def test_both_forms_of_a_map_give_the_same_output(provider):
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
 def test_group_gives_the_same_bits_with_any_number_of_threads(cpu_provider, form):
-    tensors, grads = group_inputs(2, 2, 65, 64, F32, bias=normal(65))
-    run = (
-        tensors, grads, lambda q, k, v, bias: pk.attention(q, k, v, bias=bias, return_map=form),
-        pk.apply_attention,
-    )  # fmt: skip
+    case = group_case(2, 2, 65, 64, F32, form, bias=normal(65))
     with threads(1):
-        first = group_results(*run)
+        first = group_results(case)
     for count in (1, 2, 3):
         with threads(count):
-            assert_same_bits(first, group_results(*run))
+            assert_same_bits(first, group_results(case))
 
 
-def test_reference_group_equals_autograd_in_float64():
-    tensors, grads = group_inputs(2, 2, 20, 16, F64, bias=normal(20))
-    grad_map = normal(2, 2, 20, 20, dtype=F64)
-    want = group_results(tensors, grads, eager_attention, eager_apply, lambda p: p, grad_map)
-    for form in ("dense", "factored"):
-        with pk.use("reference"):
-            got = group_results(
-                tensors, grads, lambda q, k, v, bias, f=form: pk.attention(
-                    q, k, v, bias=bias, return_map=f
-                ), pk.apply_attention, lambda m: m.dense(), grad_map,
-            )  # fmt: skip
-        for name in want:
-            torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12, msg=name)
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_reference_group_equals_autograd_in_float64(form):
+    case = group_case(2, 2, 20, 16, F64, form, bias=normal(20), differentiate_map=True)
+    want = eager_group(case)
+    with pk.use("reference"):
+        got = group_results(case)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12, msg=name)
