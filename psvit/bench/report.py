@@ -176,7 +176,7 @@ def _table(run: Run) -> Table:
     for name in ("median", "fastest", "speed-up", "p20 to p80", "must", "moonshot"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("reached", no_wrap=True)
-    for name in ("error", "x eager's", "% matrix", "% copy", "peak MB", "others"):
+    for name in ("error", "x eager's", "% matrix", "% fma", "% copy", "peak MB", "others"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in run.rows:
         _add_row(table, row, run.ceilings)
@@ -196,6 +196,7 @@ def _add_row(table: Table, row: Row, ceilings: Ceilings) -> None:
         error,
         relative,
         _number(rate["percent_of_matrix_rate"], ".0f"),
+        _number(rate["percent_of_fma_rate"], ".0f"),
         _number(rate["percent_of_copy"], ".0f"),
         _memory_text(row, "psvit"),
         _number(row.others, ".0%"),
@@ -210,7 +211,7 @@ def _add_row(table: Table, row: Row, ceilings: Ceilings) -> None:
             _bar_text(c.must, c.per),
             _bar_text(c.moonshot, c.per),
             _verdict(c),
-            *[""] * 4,
+            *[""] * 5,
             _memory_text(row, c.baseline),
             end_section=last,
         )
