@@ -115,6 +115,7 @@ class Attention(nn.Module):
         """Drops the parameters that a sharing layer doesn't need. Not to be undone."""
         self.stripped = True
         self._trainable = {}
+        self._host = ()
         for name in self.unused:
             delattr(self, name)
 

@@ -46,6 +46,8 @@ class Block(nn.Module):
         nn.Module.__init__(self)
         adopt(self, host)
         self._modules[names.attention] = attention
+        if attention.stripped:  # else the host's own would keep alive what was dropped
+            host._modules[names.attention] = None
         self.names = names
         self.layer = attention.layer
         self.donor = donor

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import helpers
 import hosts
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,27 @@ def test_attending_everywhere_gives_the_hosts_outputs(make):
         hosts.gradients(model.double(), x.double()),
         hosts.gradients(host.double(), x.double()),
     )
+
+
+def test_attending_everywhere_gives_the_outputs_of_a_trained_model_on_photographs():
+    data = Path(__file__).parents[2] / "shared" / "data"
+    weights = data / "vit_tiny_patch16_224" / "model.safetensors"
+    if not weights.is_file():
+        pytest.skip("shared/data, with trained weights and photographs, is not here")
+    host = timm.create_model("vit_tiny_patch16_224").eval()
+    state = pytest.importorskip("safetensors.torch").load_file(weights)
+    host.load_state_dict({name: p.float() for name, p in state.items()})
+    image = pytest.importorskip("PIL.Image")
+    photographs = [image.open(data / "imagenet_val" / f"{i:04}.jpg").convert("RGB") for i in (0, 1)]
+    x = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in photographs])
+    x = x[:, :, :224, :224] / 127.5 - 1
+    model = psvit.accelerate(host, "A" * 12)
+    with torch.no_grad():
+        outputs = (model(x), host(x))
+        features = (model.forward_features(x), host.forward_features(x))
+    for got, want in (outputs, features):
+        # Outputs of up to 27, of which float32 keeps about 1e-5.
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
 # --- an independent implementation of sharing and pooling ---------------------------------------
@@ -179,6 +202,9 @@ def test_stripping_drops_q_and_k_of_sharing_layers_alone():
     assert state["blocks.1.attn.qkv.bias"].shape == (24,)
     assert "blocks.1.attn.q_norm.weight" not in state and "blocks.0.attn.q_norm.weight" in state
     assert all(p.requires_grad for p in model.parameters())
+    dropped = sum(p.numel() for p in whole.parameters())
+    dropped -= sum(p.numel() for p in model.parameters())
+    assert len(pickle.dumps(whole)) - len(pickle.dumps(model)) > 4 * dropped
     with pytest.raises(ValueError, match="strip=True, which dropped Q and K of layers 2, 4; load"):
         psvit.restore(model)
     assert copy.deepcopy(model)(x).equal(model(x))
@@ -331,8 +357,9 @@ def test_says_its_schedule_wherever_it_is_printed():
 
 @pytest.mark.parametrize("schedule", ["AAAA", "AS|AS"])
 def test_survives_deepcopy_and_pickle(schedule):
-    model = psvit.accelerate(hosts.timm_vit(), schedule, size_bias=True)
-    x = hosts.images()
+    # 4 x 16 patches, which the twins must know not to be 8 x 8.
+    model = psvit.accelerate(hosts.timm_vit(img_size=(16, 64)), schedule, size_bias=True)
+    x = hosts.images(2, 3, 16, 64)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin(x).equal(model(x))
         assert twin.patch_embed is not model.patch_embed

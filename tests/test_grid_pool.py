@@ -170,7 +170,7 @@ def test_the_grid_is_told_thread_by_thread():
     source = GridSource()
     source.now = (2, 8)
     assert source.of(16) == (2, 8)
-    with pytest.raises(ValueError, match="got 15 patch tokens where the .* made 2 x 8"):
+    with pytest.raises(ValueError, match=r"got 15 patch tokens where the .* made 2 x 8"):
         source.of(15)
     seen = []
     other = threading.Thread(target=lambda: seen.append(source.of(16)))

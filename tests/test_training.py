@@ -163,8 +163,10 @@ def test_the_whole_model_compiles_without_a_graph_break(name, backend, fresh_com
     )
 
 
-def test_images_of_several_sizes_go_through_one_compiled_model(fresh_compiler):
-    model = psvit.accelerate(hosts.timm_vit(dynamic_img_size=True), "AS|AS")
+@pytest.mark.parametrize("size_bias", [False, True])
+def test_images_of_several_sizes_go_through_one_compiled_model(size_bias, fresh_compiler):
+    host = hosts.timm_vit(dynamic_img_size=True)
+    model = psvit.accelerate(host, "AS|AS", size_bias=size_bias)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for shape in [(1, 3, 32, 32), (2, 3, 16, 64), (2, 3, 24, 40)]:
         x = hosts.images(*shape)

@@ -165,9 +165,12 @@ def check_attributes(where: str, module: nn.Module, known: Collection[str]) -> N
             raise ValueError(f"model: {where}.{name} is a parameter that psvit doesn't know")
 
 
-def check_hooks(where: str, module: nn.Module) -> None:
+def check_hooks(
+    where: str, module: nn.Module, harmless: Callable[[object], bool] = lambda hook: False
+) -> None:
     """Raises if a hook waits for a call that will not come, or will come with other arguments."""
-    hooks = {**module._forward_hooks, **module._forward_pre_hooks, **module._backward_hooks}
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    hooks = [hook for kind in kinds for hook in kind.values() if not harmless(hook)]
     if hooks:
         raise ValueError(
             f"model: {where} has {len(hooks)} hooks, which a converted model would not call as "

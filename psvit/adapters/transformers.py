@@ -290,8 +290,7 @@ def _check_layer(where: str, layer: nn.Module, family: Family) -> None:
     check_attributes(where, attn, _FLAGS)
     if attn.is_causal:
         raise ValueError(f"model: {where}.is_causal is True, expected False")
-    if not all(_is_capture(hook) for hook in attn._forward_hooks.values()):
-        check_hooks(where, attn)
+    check_hooks(where, attn, harmless=_is_capture)
 
 
 def _heads(model: nn.Module) -> list:
