@@ -123,8 +123,7 @@ def _pools(
     like = encoder.convolution.weight
     GridPool(kind, dims=dims, width=width)  # an unknown kind is an error without pools too
     return [
-        GridPool(kind, dims=dims, width=width).to(like.device, like.dtype)
-        for _ in schedule.pools
+        GridPool(kind, dims=dims, width=width).to(like.device, like.dtype) for _ in schedule.pools
     ]
 
 

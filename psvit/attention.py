@@ -57,9 +57,7 @@ class Attention(nn.Module):
         if shares:
             self._freeze()
 
-    def forward(
-        self, x: Tensor, slot: MapSlot | None = None, bias: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, slot: MapSlot | None = None, bias: Tensor | None = None) -> Tensor:
         """`(B, N, C)` to `(B, N, C)`.
 
         Args:

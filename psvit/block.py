@@ -59,9 +59,7 @@ class Block(nn.Module):
         assert isinstance(found, Attention)
         return found
 
-    def forward(
-        self, x: Tensor, slot: MapSlot | None = None, bias: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, slot: MapSlot | None = None, bias: Tensor | None = None) -> Tensor:
         """`(B, N, C)` to `(B, N, C)`; ``slot`` and ``bias`` are for ``Attention``.
 
         Hooks on a block get tokens and give tokens, as on the host's layer.

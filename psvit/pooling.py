@@ -98,7 +98,7 @@ class GridPool(nn.Module):
         return torch.cat([prefix, cells], dim=1)
 
     def matrix(self, layout: Layout) -> Tensor:
-        """The weights of the average (or choice) that each pooled cell is, `(M, N)` cells, float64."""
+        """The weights of the average (or choice) that each pooled cell is: float64, `(M, N)`."""
         axes = []
         for n in self._grid(layout):
             axis = torch.zeros(self._side(n), n, dtype=torch.float64)

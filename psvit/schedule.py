@@ -129,15 +129,11 @@ class Schedule:
 
         return layer_costs(model, self, pool=pool, dims=dims)
 
-    def flops(
-        self, model: nn.Module, *, pool: Kind = "max", dims: Literal[1, 2] = 2
-    ) -> int:
+    def flops(self, model: nn.Module, *, pool: Kind = "max", dims: Literal[1, 2] = 2) -> int:
         """FLOPs of one image through ``model`` under this schedule, a multiply-add counted as 2."""
         return sum(row.flops for row in self.rows(model, pool=pool, dims=dims))
 
-    def params(
-        self, model: nn.Module, *, pool: Kind = "max", dims: Literal[1, 2] = 2
-    ) -> int:
+    def params(self, model: nn.Module, *, pool: Kind = "max", dims: Literal[1, 2] = 2) -> int:
         """Parameters of ``model`` that take part: without Q and K of the sharing layers."""
         return sum(row.params for row in self.rows(model, pool=pool, dims=dims))
 
@@ -149,9 +145,7 @@ class Schedule:
 
 
 def _text(depth: int, pools: tuple[int, ...], sharing: tuple[int, ...]) -> str:
-    return "".join(
-        POOL * (i in pools) + (SHARE if i in sharing else ATTEND) for i in range(depth)
-    )
+    return "".join(POOL * (i in pools) + (SHARE if i in sharing else ATTEND) for i in range(depth))
 
 
 def _check(text: str) -> None:

@@ -25,6 +25,10 @@ class Stack(nn.Module):
     what the pass has so far, so that tokens go in and tokens come out. All that a pass carries
     (maps, layouts) lives in the steps of that pass; nothing is left on a module.
 
+    A host that checkpoints layer by layer (timm) keeps the map of a group until its backward; it
+    must not do so with ``use_reentrant=True``, which would cut the map off from its donor: that is
+    an error. Where the stack itself does it (transformers), the map is computed again.
+
     Indexing by a number gives the block itself, a slice ``[:n]`` a stack of the first n.
 
     Args:
@@ -105,7 +109,8 @@ class Stack(nn.Module):
         kept = [stage[: max(0, count - stage[0])] for stage in self.schedule.stages]
         text = "|".join("".join(self.schedule.kinds[i] for i in stage) for stage in kept if stage)
         schedule = Schedule(text)
-        stack = type(self)(
+        make = type(self)
+        stack = make(
             self._host[0],  # type: ignore[index,arg-type]
             {name: self.block(i) for i, name in enumerate(self.block_names[:count])},
             schedule,

@@ -24,6 +24,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:schedule .* changes what the mod
 EXACT = dict(rtol=0, atol=1e-5)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small for more: threads would only wait for each other."""
+    with helpers.threads(1):
+        yield
+
+
 def images_for(host):
     return hosts.images(2, 3, *host.patch_embed.img_size)
 

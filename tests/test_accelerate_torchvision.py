@@ -17,6 +17,13 @@ pytest.importorskip("torchvision")
 pytestmark = pytest.mark.filterwarnings("ignore:schedule .* changes what the model computes")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small for more: threads would only wait for each other."""
+    with helpers.threads(1):
+        yield
+
+
 @hosts.cases(hosts.TORCHVISION)
 @pytest.mark.parametrize("training", [False, True])
 def test_attending_everywhere_gives_the_hosts_outputs(make, training):

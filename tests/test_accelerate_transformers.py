@@ -20,6 +20,13 @@ EXACT = dict(rtol=1e-5, atol=1e-5)
 CASES = dict(hosts.HUB)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small for more: threads would only wait for each other."""
+    with helpers.threads(1):
+        yield
+
+
 @hosts.cases(hosts.HUB)
 def test_attending_everywhere_gives_the_hosts_outputs(make):
     host = make()

@@ -70,9 +70,7 @@ def test_expand_is_the_adjoint_of_reduce(kind, dims, grid):
 def test_the_adjoint_of_a_maximum_is_that_of_the_average():
     layout = Layout(2, (5, 7))
     y = torch.randn(1, 2 + 12, 3)
-    torch.testing.assert_close(
-        GridPool("max").expand(y, layout), GridPool("avg").expand(y, layout)
-    )
+    torch.testing.assert_close(GridPool("max").expand(y, layout), GridPool("avg").expand(y, layout))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ import copy
 import warnings
 from pathlib import Path
 
+import helpers
 import hosts
 import pytest
 import torch
@@ -23,6 +24,13 @@ MODELS = [
     ("transformers", dict(hosts.HUB)["vit-classifier"]),
     ("torchvision", hosts.torchvision_vit),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small for more: threads would only wait for each other."""
+    with helpers.threads(1):
+        yield
 
 
 @hosts.cases(MODELS)

@@ -163,9 +163,7 @@ class HubStack(Stack):
         asked = kwargs.get("output_attentions")
         return bool(getattr(self.config, "output_attentions", False) if asked is None else asked)
 
-    def checkpointed(
-        self, flow: Flow, index: int, x: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def checkpointed(self, flow: Flow, index: int, x: Tensor, mask: Tensor | None) -> Tensor:
         """The first layer of a group runs all of it; the others hand out what came of that."""
         if self.donors[index] != index:
             before, ready = flow.ready.pop(0)
