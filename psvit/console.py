@@ -58,6 +58,7 @@ def table(
     from rich.table import Table
 
     made = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    made.padding, made.pad_edge = (0, 1, 0, 0), False
     for i, name in enumerate(header):
         made.add_column(name, justify="left" if i < left else "right", no_wrap=True)
     for row in rows:

@@ -108,8 +108,9 @@ def draw_tradeoff(
     """Accuracy against latency, one marker a model.
 
     Args:
-        points: mappings with ``name``, ``latency`` (milliseconds), ``accuracy`` (0 to 1) and
-            ``converted`` (bool: which colour).
+        points: mappings with ``name``, ``latency`` (milliseconds), ``accuracy`` (0 to 1), its
+            standard ``error``, ``converted`` (bool: which colour) and ``below`` (bool: where the
+            name stands).
         path: the picture's file.
         title: put above the picture.
         latency_label: what the horizontal axis shows, with its unit.
@@ -117,18 +118,23 @@ def draw_tradeoff(
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
     for point in points:
+        place = point["latency"], 100 * point["accuracy"]
         colour = ORANGE if point["converted"] else BLUE
-        axes.scatter(point["latency"], 100 * point["accuracy"], s=70, color=colour, zorder=3)
+        axes.errorbar(
+            *place, yerr=100 * point["error"], fmt="o", markersize=9, capsize=4, color=colour
+        )
+        below = point["below"]
         axes.annotate(
             point["name"],
-            (point["latency"], 100 * point["accuracy"]),
-            xytext=(8, -4),
+            place,
+            xytext=(9, -7 if below else 7),
             textcoords="offset points",
-            fontsize=8,
+            va="top" if below else "bottom",
+            fontsize=9,
         )
-    slowest = max(point["latency"] for point in points)
-    axes.set_xlim(0, 1.35 * slowest)
-    axes.margins(y=0.2)
+    axes.set_xlim(0, 1.45 * max(point["latency"] for point in points))
+    lowest = min(100 * (point["accuracy"] - point["error"]) for point in points)
+    axes.set_ylim(max(0, lowest - 1), None)
     axes.set_xlabel(latency_label)
     axes.set_ylabel("test accuracy, %")
     axes.set_title(title, fontsize=11)

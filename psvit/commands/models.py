@@ -136,7 +136,7 @@ def read_batches(
     size: int,
     step: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Tensor]:
-    """Batches of images; a file that can't be read is bad input. ``step`` gets how many were used."""
+    """Batches of images, each told to ``step``; a file that can't be read is bad input."""
     from ..images import batches
 
     stream = batches(files, preprocess, size)
