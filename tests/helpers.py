@@ -16,8 +16,9 @@ that unit is what it can be trusted for. The floor is rounding: of storing the r
 summing in another order. For float64, eps(float64) stands in both of its terms.
 
 On top, the root mean square of the errors, in the same unit, may not exceed twice eager's, with a
-floor of a quarter of the one above: a kernel that is everywhere just inside the bar is not as good
-as eager.
+floor of half the one above: a kernel that is everywhere just inside the bar is not as good as
+eager. ``slack`` widens both, for inputs that were searched out to be degenerate (all values equal,
+one element): there every error has the same sign, and eager is exact by luck more often.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 import psvit_kernels as pk
 from psvit_kernels import registry
 
-FLOOR = 1.0
+FLOOR = 2.0
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -95,7 +96,12 @@ def smallest_number(dtype: torch.dtype) -> float:
 
 
 def assert_accurate(
-    got: Tensor, exact: Tensor, eager: Tensor, magnitude: Tensor, what: str = "result"
+    got: Tensor,
+    exact: Tensor,
+    eager: Tensor,
+    magnitude: Tensor,
+    what: str = "result",
+    slack: float = 1.0,
 ) -> None:
     """Raises unless ``got`` is about as close to ``exact`` (float64) as ``eager`` is."""
     __tracebackhide__ = True
@@ -114,7 +120,7 @@ def assert_accurate(
     stored = torch.finfo(eager.dtype).eps / 2 * exact.abs() + smallest
     floor = stored / unit + FLOOR * accumulation_eps(eager.dtype)
     error, eager_error, floor = (torch.where(finite, t, 0.0) for t in (error, eager_error, floor))
-    bound = 2 * eager_error.max() + floor
+    bound = slack * (2 * eager_error.max() + floor)
     excess = error - bound
     if bool((excess > 0).any()):
         at = _index(excess.argmax(), excess)
@@ -126,7 +132,7 @@ def assert_accurate(
             f"{floor[at] * unit[at]:.3g}); in units of the magnitude, largest error "
             f"{error.max():.3g}, eager's {eager_error.max():.3g}"
         )
-    rms, allowed = _rms(error), 2 * _rms(eager_error) + _rms(floor) / 4
+    rms, allowed = _rms(error), slack * (2 * _rms(eager_error) + _rms(floor) / 2)
     assert rms <= allowed, (
         f"{what} {tuple(exact.shape)} {eager.dtype}: root mean square error {rms:.3g}, allowed "
         f"{allowed:.3g}, eager's {_rms(eager_error):.3g}, in units of the magnitude"
@@ -155,11 +161,13 @@ def _rms(t: Tensor) -> float:
 Results = dict[str, Tensor]
 
 
-def assert_all_accurate(got: Results, exact: Results, eager: Results, magnitude: Results) -> None:
+def assert_all_accurate(
+    got: Results, exact: Results, eager: Results, magnitude: Results, slack: float = 1.0
+) -> None:
     __tracebackhide__ = True
     assert got.keys() == exact.keys() == eager.keys()
     for name in got:
-        assert_accurate(got[name], exact[name], eager[name], magnitude[name], name)
+        assert_accurate(got[name], exact[name], eager[name], magnitude[name], name, slack)
 
 
 def assert_same_bits(first: Results, second: Results) -> None:
@@ -208,6 +216,24 @@ def guarded(values: Tensor, offset: int = 0, gaps: Sequence[int] = ()) -> Tensor
     return view.copy_(values)
 
 
+def described(case: tuple) -> str:
+    """The fields of a case, tensors by what matters about them."""
+    fields = zip(case._fields, case, strict=True)  # type: ignore[attr-defined]
+    return ", ".join(f"{name}={_described(value)}" for name, value in fields)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        place = f"strides {tuple(value.stride())} from {value.storage_offset()}"
+        return f"<{kind} {tuple(value.shape)} {place}>"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_described(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_described, value)) + "]"
+    return repr(value)
+
+
 def leaf(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """A leaf with the same values (and strides, if the dtype stays), so that grads can be asked."""
     if t is None:
@@ -233,6 +259,9 @@ class AttentionCase(NamedTuple):
     scale: float | None = None
     grad_map: Tensor | None = None
     form: str | None = None
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def double(self) -> AttentionCase:
         return self._replace(
@@ -307,14 +336,14 @@ def with_scores(p: Tensor, q: Tensor, k: Tensor, scale: float, bias: Tensor | No
     return p * (1 + score)
 
 
-def check_attention(case: AttentionCase) -> Results:
+def check_attention(case: AttentionCase, slack: float = 1.0) -> Results:
     """Runs a case through the provider in use, and holds it against the bar."""
     __tracebackhide__ = True
     got = attention_results(case)
     with registry.use("reference"):
         exact = attention_results(case.double())
     eager = attention_results(case, eager_attention)
-    assert_all_accurate(got, exact, eager, attention_magnitudes(case))
+    assert_all_accurate(got, exact, eager, attention_magnitudes(case), slack)
     return got
 
 
@@ -329,6 +358,9 @@ class ApplyCase(NamedTuple):
     grad_out: Tensor
     head_index: Sequence[int] | None = None
     correction: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def double(self) -> ApplyCase:
         p, v, grad_out = (t.detach().double() for t in self[:3])
@@ -369,12 +401,13 @@ def apply_magnitudes(case: ApplyCase) -> Results:
     return apply_results(absolute, eager_apply)
 
 
-def check_apply(case: ApplyCase) -> Results:
+def check_apply(case: ApplyCase, slack: float = 1.0) -> Results:
     __tracebackhide__ = True
     got = apply_results(case)
     with registry.use("reference"):
         exact = apply_results(case.double())
-    assert_all_accurate(got, exact, apply_results(case, eager_apply), apply_magnitudes(case))
+    eager = apply_results(case, eager_apply)
+    assert_all_accurate(got, exact, eager, apply_magnitudes(case), slack)
     return got
 
 
@@ -390,6 +423,9 @@ class GroupCase(NamedTuple):
     form: str
     grad_map: Tensor | None = None
     head_index: Sequence[int] | None = None
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def double(self) -> GroupCase:
         tensors = {name: t.detach().double() for name, t in self.tensors.items()}
@@ -463,12 +499,12 @@ def group_magnitudes(case: GroupCase) -> Results:
     return found
 
 
-def check_group(case: GroupCase) -> Results:
+def check_group(case: GroupCase, slack: float = 1.0) -> Results:
     __tracebackhide__ = True
     got = group_results(case)
     with registry.use("reference"):
         exact = group_results(case.double())
-    assert_all_accurate(got, exact, eager_group(case), group_magnitudes(case))
+    assert_all_accurate(got, exact, eager_group(case), group_magnitudes(case), slack)
     return got
 
 
@@ -481,6 +517,9 @@ class PoolCase(NamedTuple):
     grad_out: Tensor
     options: dict
     tensors: dict[str, Tensor]  # weight, bias, norm_weight, norm_bias where given
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def double(self) -> PoolCase:
         tensors = {name: t.detach().double() for name, t in self.tensors.items()}
@@ -601,10 +640,11 @@ def _pool_magnitudes(absolute: PoolCase, signed: PoolCase) -> Results:
     return {name: t.abs() for name, t in found.items()}
 
 
-def check_pool(case: PoolCase) -> Results:
+def check_pool(case: PoolCase, slack: float = 1.0) -> Results:
     __tracebackhide__ = True
     got = pool_results(case)
     with registry.use("reference"):
         exact = pool_results(case.double())
-    assert_all_accurate(got, exact, pool_results(case, eager_pool), pool_magnitudes(case))
+    eager = pool_results(case, eager_pool)
+    assert_all_accurate(got, exact, eager, pool_magnitudes(case), slack)
     return got
