@@ -37,10 +37,16 @@ struct Epilogue {
     }
 };
 
+// Summed in runs, so that rounding errors grow with the root of the number of rows.
 void mean_of_rows(const float* values, int64_t rows, int64_t ld, float* mean) {
     for (int64_t c = 0; c < ld; c += W) {
         vf total = {};
-        for (int64_t r = 0; r < rows; r++) total += load(values + r * ld + c);
+        for (int64_t first = 0; first < rows; first += 16) {
+            vf run = {};
+            for (int64_t r = first; r < smaller(first + 16, rows); r++)
+                run += load(values + r * ld + c);
+            total += run;
+        }
         store(mean + c, total / float(rows));
     }
 }
