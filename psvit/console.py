@@ -8,8 +8,8 @@ from typing import Any
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Any]:
-    """A progress bar on standard error; yields a function to call after each step."""
+def progress(title: str, total: float) -> Iterator[Any]:
+    """A progress bar on standard error; yields a function to call with each step's part of it."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -28,8 +28,8 @@ def progress(title: str, total: int) -> Iterator[Any]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
 
-        def step(count: int = 1, *, note: str = "") -> None:
-            bar.update(task, advance=count, description=f"{title}{note}")
+        def step(count: float = 1) -> None:
+            bar.update(task, advance=count)
 
         yield step
 

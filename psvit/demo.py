@@ -33,7 +33,7 @@ from .schedule import ATTEND, Schedule
 from .stack import find_stack, record_maps
 from .timing import Latency, interleaved
 
-Progress = Callable[[str, int], AbstractContextManager[Any]]
+Progress = Callable[[str, float], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -174,11 +174,11 @@ def measure(
         Entry("fine-tuned", models.tuned, models.tuned, models.schedule),
     ]
     timed = _latencies(settings, entries, digits, progress)
-    baseline = timed["original"]["PyTorch SDPA"].median
+    baseline = timed[ATTEND * depth]["PyTorch SDPA"].median
     rows = []
     for name, network, fast, schedule in entries:
-        latency = timed[name]
-        best = _best(name, latency)
+        latency = timed[str(schedule)]
+        best = _best(latency)
         rows.append(
             {
                 "name": name,
@@ -195,37 +195,29 @@ def measure(
     return rows
 
 
-def _best(name: str, latency: dict[str, Latency]) -> str:
+def _best(latency: dict[str, Latency]) -> str:
     """What a person would run: the host as it is, or psvit with the compiled kernels."""
-    if name == "original":
-        return "PyTorch SDPA"
-    return "psvit cpu" if "psvit cpu" in latency else "psvit reference"
+    return next(c for c in ("PyTorch SDPA", "psvit cpu", "psvit reference") if c in latency)
 
 
 def _latencies(
     settings: Settings, entries: list[Entry], digits: Digits, progress: Progress
 ) -> dict[str, dict[str, Latency]]:
+    """By schedule (models of one schedule do the same work) and contender."""
     images = digits.test_images[: settings.batch]
     functions: dict[tuple[str, str], Callable[[], object]] = {}
-    for name, network, fast, _ in entries:
+    for name, network, fast, schedule in entries:
         if name == "original":
-            functions[name, "PyTorch eager"] = partial(_eager(network), images)
-            functions[name, "PyTorch SDPA"] = partial(network, images)
+            functions[str(schedule), "PyTorch eager"] = partial(_eager(network), images)
+            functions[str(schedule), "PyTorch SDPA"] = partial(network, images)
         for provider, reason in _providers().items():
             if reason is None:
-                functions[name, f"psvit {provider}"] = _forced(provider, fast, images)
-    rounds = 300
-    with progress("latency", rounds) as step:
-        found = interleaved(
-            {"\n".join(key): function for key, function in functions.items()},
-            seconds=settings.seconds,
-            rounds=(5, rounds),
-            step=step,
-        )
-    result: dict[str, dict[str, Latency]] = {name: {} for name, *_ in entries}
-    for key, latency in found.items():
-        name, contender = key.split("\n")
-        result[name][contender] = latency
+                functions[str(schedule), f"psvit {provider}"] = _forced(provider, fast, images)
+    with progress("latency", 1) as step:
+        found = interleaved(functions, seconds=settings.seconds, step=step)
+    result: dict[str, dict[str, Latency]] = {}
+    for (text, contender), latency in found.items():
+        result.setdefault(text, {})[contender] = latency
     return result
 
 
@@ -278,7 +270,7 @@ def draw(results: dict[str, Any], models: Models, digits: Digits, folder: Path) 
         sample[0, 0],
         rows,
         folder / "attention-maps.png",
-        title="Where the class token looks, layer by layer (mean of the heads)",
+        title="Where the class token looks: mean of the heads, each picture on its own scale",
     )
 
 

@@ -83,11 +83,12 @@ def _heat_map(figure: Any, similarity: Tensor, label: str) -> None:
 def _per_layer(axes: Any, values: Tensor, title: str, unit: str) -> None:
     """One dot a head, one line through the means; values is `[L, H]`."""
     depth, heads = values.shape
+    found = values.numpy()
     layers = range(1, depth + 1)
     for head in range(heads):
         label = "one head" if head == 0 else None
-        axes.scatter(layers, values[:, head], s=14, color=BLUE, alpha=0.45, label=label)
-    axes.plot(layers, values.mean(1), color=ORANGE, linewidth=2, label="mean of heads")
+        axes.scatter(layers, found[:, head], s=14, color=BLUE, alpha=0.45, label=label)
+    axes.plot(layers, found.mean(1), color=ORANGE, linewidth=2, label="mean of heads")
     axes.set_title(title, fontsize=10)
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
@@ -166,18 +167,18 @@ def draw_attention(
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(len(rows), depth + 1, squeeze=False)
     for line, (name, (letters, maps)) in zip(grid, rows.items(), strict=True):
-        line[0].imshow(image, cmap="gray_r")
+        line[0].imshow(image.numpy(), cmap="gray_r")
         line[0].set_ylabel(name, fontsize=9)
         line[0].set_title("image", fontsize=8)
         for layer, (axes, letter, received) in enumerate(
             zip(line[1:], letters, maps, strict=True), 1
         ):
-            axes.imshow(received, cmap="viridis")
+            axes.imshow(received.numpy(), cmap="viridis")
             kind = {"A": "attends", "S": "shares"}[letter]
             h, w = received.shape
             axes.set_title(f"{layer}: {kind}\n{h} x {w}", fontsize=8)
         for axes in line:
             axes.set_xticks([])
             axes.set_yticks([])
-            axes.spines[:].set_visible(False)
+            axes.spines[:].set_color("0.7")
     figure.savefig(path)

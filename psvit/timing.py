@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -29,34 +32,37 @@ class Latency:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]],
+    functions: Mapping[Key, Callable[[], object]],
     *,
     seconds: float = 5.0,
-    rounds: tuple[int, int] = (5, 200),
-    step: Callable[[], object] = lambda: None,
-) -> dict[str, Latency]:
+    rounds: tuple[int, int] = (5, 300),
+    step: Callable[[float], object] = lambda part: None,
+) -> dict[Key, Latency]:
     """Calls all functions in turn, round after round, so that a slow moment hits them alike.
 
     Args:
         functions: what to time, by name. Each is called twice before the first round.
         seconds: stop after about this much time.
         rounds: at least and at most so many calls of each.
-        step: called after each round, for a progress bar.
+        step: called after each round with the part of the work that it was, for a progress bar.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Key, list[float]] = {name: [] for name in functions}
+    done = 0.0
     with torch.inference_mode():
         for function in functions.values():
             function()
             function()
-        end = time.perf_counter() + seconds
-        for done in range(rounds[1]):
-            if done >= rounds[0] and time.perf_counter() > end:
-                break
+        begin = time.perf_counter()
+        for count in range(1, rounds[1] + 1):
             for name, function in functions.items():
                 start = time.perf_counter()
                 function()
                 times[name].append(1e3 * (time.perf_counter() - start))
-            step()
+            elapsed = (time.perf_counter() - begin) / max(seconds, 1e-9)
+            before, done = done, max(count / rounds[1], min(count / rounds[0], elapsed, 1))
+            step(done - before)
+            if done >= 1:
+                break
     return {name: _summary(values) for name, values in times.items()}
 
 

@@ -226,14 +226,9 @@ def _provider() -> str:
 def _latency(model: nn.Module, fast: nn.Module, x: Tensor) -> dict[str, Any]:
     from ..timing import interleaved
 
-    rounds = 200
-    with progress(f"latency, batch {len(x)}", rounds) as step:
-        found = interleaved(
-            {"before": lambda: model(x), "after": lambda: fast(x)},
-            seconds=6,
-            rounds=(5, rounds),
-            step=step,
-        )
+    contenders = {"before": lambda: model(x), "after": lambda: fast(x)}
+    with progress(f"latency, batch {len(x)}", 1) as step:
+        found = interleaved(contenders, seconds=6, step=step)
     return {
         "batch": len(x),
         "before": found["before"].to_dict(),
