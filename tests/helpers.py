@@ -618,7 +618,7 @@ def pool_magnitudes(case: PoolCase) -> Results:
     pooled, _ = eager_pool(case.x, case.grid, **case.options, **signed)
     size, _ = eager_pool(pool.x, case.grid, **case.options, **bare)
     size = torch.maximum(size, pooled.abs())
-    rstd = (pooled.var(-1, unbiased=False, keepdim=True) + 1e-6).rsqrt()
+    rstd = ((pooled - pooled.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     normal_size = (size + size.mean(-1, keepdim=True)) * rstd
     weight, bias = norm[0].abs(), 0 if norm[1] is None else norm[1].abs()
     g = pool.grad_out

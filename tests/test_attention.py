@@ -75,7 +75,7 @@ def test_reference_equals_sdpa_in_float64(shape, form, with_bias):
         p = torch.softmax(scores if bias is None else scores + bias, -1)
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale), p
 
-    with pk.use("reference"):
+    with pk.use("reference"), threads(1):
         got = attention_results(case)
     want = attention_results(case, sdpa)
     assert got.keys() == want.keys()
@@ -94,7 +94,7 @@ def test_reference_gradients_equal_autograd_through_the_map(form):
         _, p = attention(q, k, v, return_map=form)
         return torch.autograd.grad(dense(p), (q, k), grad_map)
 
-    with pk.use("reference"):
+    with pk.use("reference"), threads(1):
         got = grads(pk.attention, lambda p: p.dense())
     for a, b in zip(got, grads(eager_attention, lambda p: p), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
