@@ -127,18 +127,19 @@ vf careful_maximum(const Taps<T>& taps, int64_t c, int64_t n) {
 template <PoolKind KIND, int VECS>
 struct Window {
     vf acc[VECS];
-    vf odd[VECS];  // NaN where a value was NaN or infinite, for the maximum
+    vf sum[VECS];  // for the maximum: not finite where a value may have been NaN
 
     PSVIT_MEMBER void clear() {
         for (int v = 0; v < VECS; v++) {
             acc[v] = KIND == PoolKind::max ? splat(-INFINITY) : vf{};
-            odd[v] = vf{};
+            sum[v] = vf{};
         }
     }
+    PSVIT_MEMBER void start(int v, vf value) { acc[v] = sum[v] = value; }
     PSVIT_MEMBER void add(int v, vf value) {
         if (KIND == PoolKind::max) {
             acc[v] = maximum(value, acc[v]);
-            odd[v] += value * 0.0f;
+            sum[v] += value;
         } else {
             acc[v] += value;
         }
@@ -147,7 +148,7 @@ struct Window {
         for (int v = 0; v < VECS; v++) {
             if (KIND == PoolKind::max) {
                 acc[v] = maximum(other.acc[v], acc[v]);
-                odd[v] += other.odd[v];
+                sum[v] += other.sum[v];
             } else {
                 acc[v] += other.acc[v];
             }
@@ -168,7 +169,7 @@ PSVIT_INLINE void finish(const Taps<T>& taps, Window<KIND, VECS>& window, int64_
     for (int v = 0; v < VECS; v++) {
         vf x = window.acc[v];
         if (KIND == PoolKind::avg) x *= 1.0f / float(taps.rows * taps.columns);
-        if (KIND == PoolKind::max && any_nan(window.odd[v]))
+        if (KIND == PoolKind::max && any_nan(window.sum[v] * 0.0f))
             x = careful_maximum(taps, c + v * W, n);
         store_upto(out + c + v * W, x, n);
     }
@@ -210,8 +211,8 @@ PSVIT_INLINE void pool_line(const PoolArgs& a, int64_t b, int64_t oy, int64_t c,
         for (int64_t x = xs.first > done ? xs.first : done; x < xs.last; x++) {
             const T* from = token<T>(a.x, b, a.prefix + ys.first * a.width + x) + c;
             Window<KIND, VECS> column;
-            column.clear();
-            for (int64_t y = 0; y < ys.count(); y++)
+            for (int v = 0; v < VECS; v++) column.start(v, channels_at<VECS>(from, v, n));
+            for (int64_t y = 1; y < ys.count(); y++)
                 for (int v = 0; v < VECS; v++)
                     column.add(v, channels_at<VECS>(from + y * a.width * a.x.row, v, n));
             current.add(column);
