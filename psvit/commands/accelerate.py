@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=positive, default=8, metavar="N", help="images at a time (default: 8)"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=5, metavar="X", help="spent on each latency (default: 5)"
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="of PyTorch and the kernels")
     parser.add_argument(
         "--output", type=Path, metavar="FILE.safetensors", help="save the converted state dict"
@@ -113,7 +116,7 @@ def _converted(args: argparse.Namespace, work: Path | None) -> dict[str, Any]:
         "size_bias": args.size_bias,
         "tuned": False,
         **costs(loaded.model, fast, schedule, args),
-        **speeds(loaded.model, fast, loaded.preprocess, files, args.batch),
+        **speeds(loaded.model, fast, inputs(loaded.preprocess, files, args.batch), args.seconds),
         "agreement": None,
     }
     if files:
@@ -182,15 +185,12 @@ def _layer(was: LayerCost, now: LayerCost, schedule: Schedule) -> dict[str, Any]
 # --- speed ----------------------------------------------------------------------------------
 
 
-def speeds(
-    model: nn.Module, fast: nn.Module, preprocess: Preprocess, files: Sequence[Path], batch: int
-) -> dict[str, Any]:
-    """Latency before and after at batch 1 and ``batch``, and what the kernels change in outputs."""
+def speeds(model: nn.Module, fast: nn.Module, x: Tensor, seconds: float) -> dict[str, Any]:
+    """Latency before and after, at batch 1 and of all of x; what the kernels change in outputs."""
     import torch
 
     from psvit_kernels import use
 
-    x = _inputs(preprocess, files, batch)
     with torch.inference_mode(), bad_input():
         after = models.logits_of(fast(x))
         with use("reference"):
@@ -199,11 +199,11 @@ def speeds(
         "provider": _provider(),
         "threads": torch.get_num_threads(),
         "largest_difference_from_reference": float((after - exact).abs().max()),
-        "latency": [_latency(model, fast, x[:size]) for size in sorted({1, batch})],
+        "latency": [_latency(model, fast, x[:size], seconds) for size in sorted({1, len(x)})],
     }
 
 
-def _inputs(preprocess: Preprocess, files: Sequence[Path], batch: int) -> Tensor:
+def inputs(preprocess: Preprocess, files: Sequence[Path], batch: int) -> Tensor:
     """A batch of the images, repeated if there are too few, or of noise."""
     import torch
 
@@ -223,12 +223,12 @@ def _provider() -> str:
     return f"cpu ({found['cpu']['in use by psvit']})"
 
 
-def _latency(model: nn.Module, fast: nn.Module, x: Tensor) -> dict[str, Any]:
+def _latency(model: nn.Module, fast: nn.Module, x: Tensor, seconds: float) -> dict[str, Any]:
     from ..timing import interleaved
 
     contenders = {"before": lambda: model(x), "after": lambda: fast(x)}
     with progress(f"latency, batch {len(x)}", 1) as step:
-        found = interleaved(contenders, seconds=6, step=step)
+        found = interleaved(contenders, seconds=seconds, step=step)
     return {
         "batch": len(x),
         "before": found["before"].to_dict(),
@@ -255,16 +255,17 @@ def agreement(
     """
     import torch
 
+    if labels is not None and not models.has_classes(model):
+        raise BadInputError("--labels: the model has no classes")
     outputs: list[list[Tensor]] = [[], []]
     with torch.inference_mode(), progress("agreement", len(files)) as step:
         for x in models.read_batches(files, preprocess, batch, step):
             for network, found in zip((model, fast), outputs, strict=True):
                 found.append(models.logits_of(network(x)).double())
+            _check_labels(labels, outputs[0][0].shape[1])
     before, after = torch.cat(outputs[0]), torch.cat(outputs[1])
     result: dict[str, Any] = {"images": len(files)}
     if not models.has_classes(model):
-        if labels is not None:
-            raise BadInputError("--labels: the model has no classes")
         alike = torch.nn.functional.cosine_similarity(before, after)
         return {**result, "feature_cosine": float(alike.mean())}
     classes = before.argmax(1), after.argmax(1)
@@ -272,14 +273,16 @@ def agreement(
     p, q = before.log_softmax(1), after.log_softmax(1)
     result["kl_nats"] = float((p.exp() * (p - q)).sum(1).mean())
     if labels is not None:
-        if not 0 <= min(labels) <= max(labels) < before.shape[1]:
-            raise BadInputError(
-                f"--labels: got class {max(labels)}, expected 0 to {before.shape[1] - 1}"
-            )
         truth = torch.tensor(labels)
         for name, chosen in zip(("before", "after"), classes, strict=True):
             result[f"accuracy_{name}"] = float(torch.eq(chosen, truth).double().mean())
     return result
+
+
+def _check_labels(labels: Sequence[int] | None, classes: int) -> None:
+    wrong = [label for label in labels or () if not 0 <= label < classes]
+    if wrong:
+        raise BadInputError(f"--labels: got class {wrong[0]}, expected 0 to {classes - 1}")
 
 
 # --- what a person sees ---------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -56,9 +57,12 @@ def positive(text: str) -> int:
 def numbers(text: str) -> tuple[float, ...]:
     """For argparse: one number, or one a channel with commas between."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text}, expected 0.5 or 0.5,0.5,0.5") from None
+        found = ()
+    if len(found) not in (1, 3) or not all(map(math.isfinite, found)):
+        raise argparse.ArgumentTypeError(f"got {text}, expected 0.5 or 0.5,0.5,0.5")
+    return found
 
 
 def layers(text: str) -> tuple[int, ...]:

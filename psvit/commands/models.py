@@ -107,8 +107,8 @@ def _overridden(preprocess: Preprocess, args: argparse.Namespace) -> Preprocess:
     for name in ("mean", "std"):
         values = getattr(args, name)
         if values is not None:
-            if len(values) not in (1, 3) or (name == "std" and 0 in values):
-                raise BadInputError(f"--{name}: got {values}, expected one number or three")
+            if name == "std" and min(values) <= 0:
+                raise BadInputError(f"--std: got {min(values):g}, expected more than 0")
             preprocess = replace(preprocess, **{name: values * (3 // len(values))})
     if args.crop is not None:
         if not 0 < args.crop <= 1:
