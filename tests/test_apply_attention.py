@@ -186,6 +186,14 @@ def test_correction_is_alpha_pv_plus_beta_v_plus_gamma_mean_v(provider):
         torch.testing.assert_close(apply_dense(p, v, correction=correction), want)
 
 
+def test_mean_of_many_equal_tokens_is_their_value(provider):
+    """Where every rounding has the same sign, a plain sum would be off by hundreds of them."""
+    v = torch.full((1, 1, 1025, 16), 0.7)
+    mean_alone = torch.tensor([[0.0, 0.0, 1.0]])
+    out = apply_dense(torch.zeros(1, 1, 1025, 1025), v, correction=mean_alone)
+    torch.testing.assert_close(out, v, rtol=4e-6, atol=0)
+
+
 def test_correction_that_does_nothing_changes_nothing(provider):
     p, v = probabilities(2, 3, 20, 20), normal(2, 3, 20, 16)
     nothing = torch.tensor([[1.0, 0.0, 0.0]]).expand(3, 3)
