@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from psvit.analyze import Analysis, _Sums, choose
+import psvit
+from psvit.analyze import Analysis, _Sums, analyze, choose
 
 GRID, PREFIX, HEADS, LAYERS, IMAGES = (2, 3), 1, 2, 3, 4
 TOKENS = PREFIX + GRID[0] * GRID[1]
@@ -171,3 +172,100 @@ def test_plot_writes_a_picture(analysis: Analysis, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     analysis.plot(tmp_path / "maps.png")
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- analyze, on a model --------------------------------------------------------------------
+
+
+def small_vit() -> torch.nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    return timm.models.VisionTransformer(num_classes=4, **sizes)
+
+
+def maps_by_hand(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """softmax(q k^T / sqrt(d)) from what each layer's qkv projection gave, in float64."""
+    seen: list[torch.Tensor] = []
+    hooks = [
+        block.attn.qkv.register_forward_hook(lambda module, args, out: seen.append(out))
+        for block in model.blocks
+    ]
+    with torch.no_grad():
+        model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    found = []
+    for out in seen:
+        q, k, _ = out.double().unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        found.append((q @ k.transpose(-1, -2) / math.sqrt(8)).softmax(-1))
+    return found
+
+
+def test_a_model_is_analysed_and_left_alone() -> None:
+    model, images = small_vit(), torch.randn(5, 3, 16, 24)
+    by_hand = maps_by_hand(model, images)
+    expected = _Sums(by_hand, 1, (2, 3))
+    expected.add(by_hand)
+    model.train()
+    model.blocks[1].eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    found = analyze(model, images)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert (found.tokens, found.prefix, found.grid, found.images) == (7, 1, (2, 3), 5)
+    for name in ("js", "cosine", "distance", "entropy"):
+        exact = getattr(expected.result(), name)
+        assert torch.allclose(getattr(found, name), exact, atol=1e-5), name
+
+
+def test_groups_of_images_make_no_difference() -> None:
+    model, images = small_vit(), torch.randn(5, 3, 16, 24)
+    whole = analyze(model, images)
+    for other in (analyze(model, images, budget=1), analyze(model, iter(images.split([2, 3])))):
+        assert other.images == 5
+        assert torch.allclose(other.js, whole.js, atol=1e-6)
+        assert torch.allclose(other.entropy, whole.entropy, atol=1e-5)
+
+
+def test_a_plain_conversion_is_analysed_as_the_original() -> None:
+    model, images = small_vit(), torch.randn(2, 3, 16, 24)
+    plain = psvit.accelerate(model, "AAA")
+    assert torch.allclose(analyze(plain, images).js, analyze(model, images).js, atol=1e-6)
+
+
+def test_the_proposed_schedule_fits_the_model() -> None:
+    model = small_vit()
+    schedule = analyze(model, torch.randn(2, 3, 16, 24)).schedule(1, (2,))
+    assert schedule == psvit.Schedule("AS|A")
+    with pytest.warns(UserWarning, match="changes what the model computes"):
+        psvit.accelerate(model, schedule)(torch.randn(1, 3, 16, 24))
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ([], ValueError, "images: got none, expected at least one"),
+        (torch.randn(0, 3, 16, 24), ValueError, "images: got none"),
+        (torch.randn(3, 16, 24), ValueError, "images: got shape (3, 16, 24), expected (B, C, h"),
+        (["a.png"], TypeError, "images: got str, expected a Tensor"),
+    ],
+    ids=["empty list", "empty batch", "one image", "a name"],
+)
+def test_bad_images(images, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        analyze(small_vit(), images)
+    assert message in str(caught.value)
+
+
+def test_a_converted_model_is_refused() -> None:
+    with pytest.warns(UserWarning):
+        fast = psvit.accelerate(small_vit(), "AAS")
+    with pytest.raises(ValueError, match=r'model: is converted already, to schedule "AAS"'):
+        analyze(fast, torch.randn(1, 3, 16, 24))
+
+
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="model: got Linear, which psvit doesn't know"):
+        analyze(torch.nn.Linear(2, 2), torch.randn(1, 3, 16, 24))
