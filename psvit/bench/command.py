@@ -164,6 +164,7 @@ def run_cases(
                 step(case.name, done)
                 tick = lambda part, at=done, label=case.name: step(label, at + part)  # noqa: E731
                 rows.append(measure.measure(case, name, rounds=rounds, step=tick))
+            seen = ceilings(threads, tuple(dtypes), matrix_size, before=seen)
     finally:
         torch.set_num_threads(before)
     return Run(rows, seen, name, note, sdpa, threads, others())
