@@ -35,7 +35,8 @@ class Layout(NamedTuple):
 
     def with_sizes(self) -> Layout:
         """The same layout, every token standing for itself."""
-        return self._replace(sizes=(1.0,) * self.tokens)
+        ones = (1.0,) * (self.prefix + math.prod(self.grid))
+        return Layout(self.prefix, self.grid, ones)
 
 
 _biases: dict[tuple, Tensor] = {}

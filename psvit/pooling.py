@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -112,14 +113,16 @@ class GridPool(nn.Module):
     def reduced(self, layout: Layout) -> Layout:
         """What the tokens are once they were pooled; sizes are kept track of if ``layout`` does."""
         grid = self._grid(layout)
+        reduced = tuple(self._side(n) for n in grid)
         sizes = layout.sizes
         if sizes is not None:
             spread: Callable[..., tuple[float, ...]] = _spread
             if torch.compiler.is_compiling():
                 spread = _spread.__wrapped__  # tracing runs once: nothing to remember
             step = None if self.kind == "stride" else (self.kernel, self.padding)
-            sizes = sizes[: layout.prefix] + spread(sizes[layout.prefix :], grid, self.stride, step)
-        return Layout(layout.prefix, tuple(self._side(n) for n in grid), sizes)
+            cells = sizes[layout.prefix :]
+            sizes = sizes[: layout.prefix] + spread(cells, grid, reduced, self.stride, step)
+        return Layout(layout.prefix, reduced, sizes)
 
     def _grid(self, layout: Layout) -> tuple[int, ...]:
         if len(layout.grid) == self.dims:
@@ -155,14 +158,15 @@ class GridPool(nn.Module):
 def _spread(
     sizes: tuple[float, ...],
     grid: tuple[int, ...],
+    reduced: tuple[int, ...],
     stride: int,
     window: tuple[int, int] | None,
 ) -> tuple[float, ...]:
     """Each cell's size, spread equally over the windows that hold it, so that the sum stays."""
     axes = [_owners(n, stride, window) for n in grid]
     rows, columns = axes if len(axes) == 2 else ([[0]], axes[0])
-    width = max(map(max, columns)) + 1
-    out = [0.0] * ((max(map(max, rows)) + 1) * width)
+    width = reduced[-1]
+    out = [0.0] * math.prod(reduced)
     for cell, size in enumerate(sizes):
         down, across = rows[cell // len(columns)], columns[cell % len(columns)]
         for i in down:

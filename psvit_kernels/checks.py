@@ -84,6 +84,6 @@ def not_empty(name: str, value: Tensor, dim: int, meaning: str) -> None:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype to cast to where autocast is on, as PyTorch's own attention does."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None

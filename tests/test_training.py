@@ -156,11 +156,22 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+def _skip_unless_the_host_is_traceable(name: str) -> None:
+    """transformers 5 by itself can't be traced by PyTorch 2.6."""
+    host = dict(MODELS)[name]()
+    try:
+        torch.compile(host, fullgraph=True, backend="eager")(hosts.images())
+    except torch._dynamo.exc.Unsupported as error:
+        pytest.skip(f"this {name} can't be traced by this PyTorch, unconverted: {error}")
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("name", "backend"),
     [("timm", "aot_eager"), ("transformers", "eager"), ("torchvision", "eager")],
 )
 def test_the_whole_model_compiles_without_a_graph_break(name, backend, fresh_compiler):
+    _skip_unless_the_host_is_traceable(name)
     model = psvit.accelerate(dict(MODELS)[name](), "AS|AS", size_bias=True)
     x = hosts.images()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
@@ -171,7 +182,19 @@ def test_the_whole_model_compiles_without_a_graph_break(name, backend, fresh_com
     )
 
 
-@pytest.mark.parametrize("size_bias", [False, True])
+@pytest.mark.parametrize(
+    "size_bias",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                torch.__version__.startswith("2.6"),
+                reason="PyTorch 2.6 can't trace sizes of tokens that depend on the image",
+            ),
+        ),
+    ],
+)
 def test_images_of_several_sizes_go_through_one_compiled_model(size_bias, fresh_compiler):
     host = hosts.timm_vit(dynamic_img_size=True)
     model = psvit.accelerate(host, "AS|AS", size_bias=size_bias)
@@ -186,7 +209,8 @@ def test_images_of_several_sizes_go_through_one_compiled_model(size_bias, fresh_
     # transformers makes a mask when it is exported, and a mask can't be pooled.
     [("timm", "AS|AS"), ("transformers", "ASAS"), ("torchvision", "AS|AS")],
 )
-def test_the_whole_model_exports(name, schedule):
+def test_the_whole_model_exports(name, schedule, fresh_compiler):
+    _skip_unless_the_host_is_traceable(name)
     model = psvit.accelerate(dict(MODELS)[name](), schedule, size_bias=True)
     x = hosts.images()
     with warnings.catch_warnings():
