@@ -22,7 +22,7 @@ COMMANDS = {
 EXAMPLES = """\
 examples:
   psvit demo
-  psvit accelerate vit_tiny_patch16_224 --schedule "AASAAS|ASASAS" --weights vit.safetensors
+  psvit accelerate vit_tiny_patch16_224 --schedule "AAAAAA|AAAAAS" --weights vit.safetensors
   psvit analyze vit_tiny_patch16_224 --weights vit.safetensors --images photos/ --shared 4
 """
 

@@ -60,7 +60,7 @@ class Settings:
     depth: int = 8
     heads: int = 4
     shared: int = 4
-    pool_after: int = 2
+    pool_after: int = 1
     pool: Kind = "avg"
     batch: int = 64
     seconds: float = 8.0

@@ -56,7 +56,7 @@ def small_vit(width: int, depth: int, heads: int) -> nn.Module:
         embed_dim=width,
         depth=depth,
         num_heads=heads,
-        mlp_ratio=3,
+        mlp_ratio=2,
         weight_init="jax",
     )
     model.patch_embed.proj = nn.Conv2d(1, width, kernel_size=5, padding=2)
@@ -100,7 +100,25 @@ class Training:
         step: Callable[[], object],
         teacher: nn.Module | None = None,
     ) -> None:
-        """Trains on the labels, and on the class probabilities of ``teacher`` if there is one."""
+        """Trains on the labels, and on the class probabilities of ``teacher`` if there is one.
+
+        In one thread: layers this small gain little from a second one, and on a busy machine
+        threads spend more time waiting for each other than computing.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self._run(model, digits, step, teacher)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _run(
+        self,
+        model: nn.Module,
+        digits: Digits,
+        step: Callable[[], object],
+        teacher: nn.Module | None,
+    ) -> None:
         used = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(used, lr=self.rate, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(

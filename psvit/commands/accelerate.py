@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  psvit accelerate vit_tiny_patch16_224 --schedule "AASAAS|ASASAS"
-  psvit accelerate vit_tiny_patch16_224 --schedule "AAAAAA|AAAASS" --pool stride --size-bias \\
+  psvit accelerate vit_tiny_patch16_224 --schedule "AAAAAA|AAAAAS"
+  psvit accelerate vit_tiny_patch16_224 --schedule "AAAAAA|AAAAAS" --pool stride --size-bias \\
       --weights vit.safetensors --images photos/ --labels labels.csv
-  psvit accelerate hf:my-vit/ --schedule "AAAAAAAAAASS" --output fast.safetensors --json
+  psvit accelerate hf:my-vit/ --schedule "AAAAAAAAAAAS" --output fast.safetensors --json
 
 schedule: one character a layer. A attends, S shares the map of the nearest A before it,
-| pools the tokens between two layers. `psvit analyze` proposes one.
+| pools the tokens between two layers. `psvit analyze` proposes one. Without fine-tuning,
+--pool stride --size-bias keeps most of what pretrained weights can do.
 """
 NOT_TUNED = "Neither calibrated nor fine-tuned: what agreement is lost here, training can win back."
 

@@ -88,7 +88,7 @@ def _show(results: dict[str, Any], output: Path) -> None:
         "psvit\nref",
         "psvit\ncpu",
         "speed",
-        "differ-\nence",
+        "max\ndiff",
     )
     title = f"A ViT on digits and its PSViT {results['schedule']} ({settings['pool']} pool)"
     print_tables(table(title, header, rows), *_remarks(results, output))
@@ -102,7 +102,7 @@ def _remarks(results: dict[str, Any], output: Path) -> list[str]:
         f"median, {results['threads']} threads, all in turn; psvit runs the original with every "
         "layer attending",
         "speed: over the original with SDPA",
-        "difference: largest one of the class scores, compiled kernels from reference",
+        "max diff: largest difference of the class scores, compiled kernels from reference",
     ]
     missing = results["providers"]["cpu"]
     if missing != "ready":
