@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,6 +29,17 @@ class Latency:
             "p80_ms": round(self.p80, 4),
             "calls": self.calls,
         }
+
+
+def unsteady(latencies: Iterable[Mapping[str, float]]) -> str | None:
+    """A remark if latencies (by their ``to_dict``) say that the machine was busy, or None."""
+    spread = max(latency["p80_ms"] / latency["p20_ms"] for latency in latencies)
+    if spread < 1.5:
+        return None
+    return (
+        f"Latencies varied by {spread:.1f}x within the run (80th over 20th percentile): other work "
+        "keeps this machine busy, so measure again when it is quiet, or with --threads 1."
+    )
 
 
 def interleaved(

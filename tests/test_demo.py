@@ -19,7 +19,7 @@ from psvit import demo
 from psvit.digits import Digits, Training, accuracy, jittered, small_vit
 from psvit.files import whole_file, whole_folder
 from psvit.schedule import Schedule
-from psvit.timing import interleaved
+from psvit.timing import Latency, interleaved, unsteady
 
 TINY = demo.Settings(
     epochs=1, tune_epochs=1, width=32, depth=4, heads=2, shared=1, batch=4, seconds=0, analysed=8
@@ -167,3 +167,9 @@ def test_interleaved_calls_in_turn() -> None:
     assert sum(parts) == pytest.approx(1)
     assert found["a"].calls == 3
     assert found["a"].p20 <= found["a"].median <= found["a"].p80
+
+
+def test_a_busy_machine_is_remarked_on() -> None:
+    steady, shaken = Latency(1.0, 0.9, 1.1, 9).to_dict(), Latency(1.0, 0.9, 1.8, 9).to_dict()
+    assert unsteady([steady, steady]) is None
+    assert "varied by 2.0x" in str(unsteady([steady, shaken]))

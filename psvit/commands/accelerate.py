@@ -353,6 +353,8 @@ def _summary_table(result: dict[str, Any]) -> Any:
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:
+    from ..timing import unsteady
+
     agreed = result["agreement"] or {}
     remarks = []
     if "top1_agreement" in agreed:
@@ -369,6 +371,8 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         f"Kernels: {result['provider']}, {result['threads']} threads; largest difference of the "
         f"outputs from the reference kernels {result['largest_difference_from_reference']:.1e}."
     )
+    every = [row[when] for row in result["latency"] for when in ("before", "after")]
+    remarks += filter(None, [unsteady(every)])
     remarks.append(NOT_TUNED)
     if "output" in result:
         remarks.append(f"Saved: {result['output']}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import print_tables, short, table
+from ..timing import unsteady
 from .common import BadInputError, add_json, need, one_line, positive, print_json
 
 EXAMPLES = """\
@@ -104,6 +105,8 @@ def _remarks(results: dict[str, Any], output: Path) -> list[str]:
         "speed: over the original with SDPA",
         "max diff: largest difference of the class scores, compiled kernels from reference",
     ]
+    every = [latency for row in results["rows"] for latency in row["latency"].values()]
+    remarks += filter(None, [unsteady(every)])
     missing = results["providers"]["cpu"]
     if missing != "ready":
         remarks.append(f"No compiled kernels: {missing}")
