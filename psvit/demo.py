@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 import psvit_kernels
-from psvit_kernels import cpu
 
 from .accelerate import accelerate
 from .analyze import Analysis, analyze
@@ -116,7 +115,9 @@ def run(settings: Settings, output: Path, progress: Progress = console_progress)
             "test_images": len(digits.test_images),
             "schedule": str(models.schedule),
             "threads": torch.get_num_threads(),
-            "providers": {name: reason or "ready" for name, reason in _providers().items()},
+            "providers": {
+                name: reason or "ready" for name, reason in psvit_kernels.providers().items()
+            },
             "versions": {"torch": torch.__version__},
             "rows": rows,
             "analysis": models.analysis.to_dict(),
@@ -151,11 +152,6 @@ def _convert(model: nn.Module, schedule: str | Schedule, settings: Settings) -> 
 
 
 # --- measurement ----------------------------------------------------------------------------
-
-
-def _providers() -> dict[str, str | None]:
-    """The kernels that can be asked for, and why one can't."""
-    return {"reference": None, "cpu": cpu.missing()}
 
 
 def measure(
@@ -210,7 +206,7 @@ def _latencies(
         if name == "original":
             functions[str(schedule), "PyTorch eager"] = partial(_eager(network), images)
             functions[str(schedule), "PyTorch SDPA"] = partial(network, images)
-        for provider, reason in _providers().items():
+        for provider, reason in psvit_kernels.providers().items():
             if reason is None:
                 functions[str(schedule), f"psvit {provider}"] = _forced(provider, fast, images)
     with progress("latency", 1) as step:
@@ -240,7 +236,7 @@ def _forced(provider: str, model: nn.Module, images: Tensor) -> Callable[[], obj
 
 def _difference(model: nn.Module, images: Tensor) -> float | None:
     """Of the class scores: the compiled kernels from the reference; None without the former."""
-    if _providers()["cpu"] is not None:
+    if psvit_kernels.providers()["cpu"] is not None:
         return None
     with torch.inference_mode():
         found = [_forced(provider, model, images)() for provider in ("reference", "cpu")]

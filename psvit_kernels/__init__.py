@@ -5,7 +5,7 @@ from .apply import apply_attention
 from .attention import attention
 from .maps import AttentionMap, DenseMap, FactoredMap
 from .pooling import token_pool
-from .registry import use
+from .registry import providers, use
 
 __all__ = [
     "AttentionMap",
@@ -13,6 +13,7 @@ __all__ = [
     "FactoredMap",
     "apply_attention",
     "attention",
+    "providers",
     "token_pool",
     "use",
 ]

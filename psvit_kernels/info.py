@@ -111,23 +111,18 @@ def _processor() -> dict[str, Any]:
 
 def _native(question: str) -> str | None:
     """What the compiled module answers, or None where there is none."""
-    if _cpu_missing() is not None:
+    if cpu.missing() is not None:
         return None
-    from . import _native as module  # type: ignore[attr-defined]
+    from . import _native as module
 
     return str(getattr(module, question)())
 
 
-def _cpu_missing() -> str | None:
-    missing = getattr(cpu, "missing", None)
-    return missing() if missing else "not built"
-
-
 def _providers() -> dict[str, str]:
-    states = {}
-    for name in registry.PROVIDERS:
-        missing = _cpu_missing() if name == "cpu" else None
-        states[name] = "ready" if missing is None else f"missing: {missing}"
+    states = {
+        name: "ready" if missing is None else f"missing: {missing}"
+        for name, missing in registry.providers().items()
+    }
     if not torch.cuda.is_available():
         states["gpu"] = "no provider yet, and no GPU that PyTorch can use here"
     else:

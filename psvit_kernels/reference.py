@@ -15,6 +15,11 @@ from .epilogue import wide as _wide
 from .maps import row_pitch
 
 
+def missing() -> str | None:
+    """Why this provider can't be used on this machine: PyTorch is always there."""
+    return None
+
+
 def supports(op: str, args: tuple) -> str | None:
     return None
 

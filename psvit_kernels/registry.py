@@ -1,7 +1,8 @@
 """Providers of the operations, and which one serves a call.
 
-A provider is a module with one function per operation and one predicate, ``supports(op, args)``,
-that gives None or the reason why it can't serve a call. Automatic choice and the error shown to
+A provider is a module with one function per operation, ``missing()``, which gives None or the
+reason why this machine has none of it, and one predicate, ``supports(op, args)``, which gives None
+or the reason why it can't serve a call. Automatic choice and the error shown to
 a person who forces a provider both come from that predicate.
 """
 
@@ -60,6 +61,11 @@ class use:
     def __exit__(self, *exc: object) -> None:
         global _forced
         _forced = self._before
+
+
+def providers() -> dict[str, str | None]:
+    """Every provider by name, best first: None, or why it can't be used on this machine."""
+    return {name: provider.missing() for name, provider in PROVIDERS.items()}
 
 
 def forced() -> str | None:
