@@ -190,7 +190,7 @@ PSVIT_INLINE vf exponential(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    vi exponent = ((vi)t - (vi)splat(shifter) + 127) << 23;
+    vu exponent = ((vu)t - (vu)splat(shifter) + 127u) << 23;  // below lowest it wraps
     vf result = p * (vf)exponent;
     return x < lowest ? vf{} : result;  // a NaN compares false and stays one
 }
