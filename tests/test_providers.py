@@ -254,6 +254,7 @@ def imported(code: str, **environment: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code],
+        cwd=folder,  # the package under test, not the sources beside the tests
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from pathlib import Path
 
 import helpers
 import hosts
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
+import two_processes
 from torch.utils.checkpoint import checkpoint
+from two_processes import MODELS
 
 import psvit
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule .* changes what the model computes")
-
-MODELS = [
-    ("timm", lambda: hosts.timm_vit(qk_norm=True)),
-    ("transformers", dict(hosts.HUB)["vit-classifier"]),
-    ("torchvision", hosts.torchvision_vit),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -222,42 +215,13 @@ def test_the_whole_model_exports(name, schedule, fresh_compiler):
 # --- two processes ----------------------------------------------------------------------------
 
 
-def _train_a_step(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = (Path(folder) / "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    for name, make in MODELS:
-        model = _seeded(make)
-        parallel = DistributedDataParallel(model, find_unused_parameters=False)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for x in _batches():  # a second step fails if a gradient was missing in the first
-            optimizer.zero_grad()
-            hosts.answer(parallel, x[rank::2]).square().mean().backward()
-            optimizer.step()
-        if rank == 0:
-            torch.save(model.state_dict(), Path(folder) / name)
-    dist.destroy_process_group()
-
-
-def _seeded(make):
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return psvit.accelerate(make(), "AS|AS").train()
-
-
-def _batches():
-    torch.manual_seed(1)
-    return [hosts.images(4, 3, 32, 32) for _ in range(2)]
-
-
 def test_two_processes_train_as_one_does(tmp_path):
-    mp.spawn(_train_a_step, (str(tmp_path),), nprocs=2)
+    mp.spawn(two_processes.train, (str(tmp_path),), nprocs=2)
     for name, make in MODELS:
-        model = _seeded(make)
+        model = two_processes.seeded(make)
         start = copy.deepcopy(model.state_dict())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for x in _batches():
+        for x in two_processes.batches():
             optimizer.zero_grad()
             hosts.answer(model, x).square().mean().backward()
             optimizer.step()
