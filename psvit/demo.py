@@ -57,9 +57,9 @@ class Settings:
     seed: int = 0
     width: int = 64
     depth: int = 8
-    heads: int = 4
+    heads: int = 2
     shared: int = 4
-    pool_after: int = 1
+    pool_after: int = 2
     pool: Kind = "avg"
     batch: int = 64
     seconds: float = 8.0
@@ -132,7 +132,7 @@ def run(settings: Settings, output: Path, progress: Progress = console_progress)
 def make_models(settings: Settings, digits: Digits, progress: Progress) -> Models:
     """Trains the original, chooses its schedule, converts it, and fine-tunes what came out."""
     original = small_vit(settings.width, settings.depth, settings.heads)
-    training = Training(settings.epochs, rate=1e-3)
+    training = Training(settings.epochs, rate=1.5e-3)
     with progress("training a ViT on digits", training.steps(digits)) as step:
         training.run(original, digits, step)
     analysis = analyze(original, digits.images[: settings.analysed])
@@ -257,7 +257,7 @@ def draw(results: dict[str, Any], models: Models, digits: Digits, folder: Path) 
         [_point(row, results["test_images"]) for row in results["rows"]],
         folder / "accuracy-latency.png",
         title="Digits: accuracy (and its standard error) against latency",
-        latency_label=f"latency of {batch} images, ms (median, {results['threads']} threads)",
+        latency_label=f"latency of {batch} images, ms (median, threads: {results['threads']})",
     )
     sample = digits.test_images[:1]
     plain = accelerate(models.original, ATTEND * models.schedule.depth)

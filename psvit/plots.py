@@ -91,7 +91,7 @@ def _per_layer(axes: Any, values: Tensor, title: str, unit: str) -> None:
     axes.plot(layers, found.mean(1), color=ORANGE, linewidth=2, label="mean of heads")
     axes.set_title(title, fontsize=10)
     axes.set_ylabel(unit)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * found.max())
     axes.set_xticks(range(1, depth + 1, 1 if depth <= 16 else 4))
     _plain(axes)
 

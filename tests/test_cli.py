@@ -370,7 +370,8 @@ def test_a_real_ctrl_c_leaves_no_file(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    # Both are 130 in a shell: Python ends by the signal itself if it came inside some C code.
+    assert process.returncode in (130, -signal.SIGINT)
     assert err.strip().endswith("psvit demo: interrupted, nothing was written")
     assert "Traceback" not in err and list(tmp_path.iterdir()) == []
 

@@ -54,7 +54,7 @@ def test_writes_a_consistent_table_and_the_pictures(few: Digits, tmp_path: Path)
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     original, converted, tuned = results["rows"]
     schedule = Schedule.parse(results["schedule"], depth=4)
-    assert schedule.shared == 1 and schedule.pools == (1,)
+    assert schedule.shared == 1 and schedule.pools == (2,)
     assert original["schedule"] == "AAAA" and original["speed_up"] == 1
     assert converted["schedule"] == tuned["schedule"] == str(schedule)
     assert converted["flops"] == tuned["flops"] < original["flops"]

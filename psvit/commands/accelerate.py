@@ -368,7 +368,7 @@ def _remarks(result: dict[str, Any]) -> list[str]:
             f"{agreed['feature_cosine']:.3f}."
         )
     remarks.append(
-        f"Kernels: {result['provider']}, {result['threads']} threads; largest difference of the "
+        f"Kernels: {result['provider']}, threads: {result['threads']}; largest difference of the "
         f"outputs from the reference kernels {result['largest_difference_from_reference']:.1e}."
     )
     every = [row[when] for row in result["latency"] for when in ("before", "after")]

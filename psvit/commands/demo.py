@@ -100,7 +100,7 @@ def _remarks(results: dict[str, Any], output: Path) -> list[str]:
     remarks = [
         f"accuracy: on {tests} held-out images, one is {1 / tests:.1%}",
         f"eager, SDPA (timm, PyTorch), psvit ref, psvit cpu: ms for {settings['batch']} images, "
-        f"median, {results['threads']} threads, all in turn; psvit runs the original with every "
+        f"median, threads: {results['threads']}, all in turn; psvit runs the original with every "
         "layer attending",
         "speed: over the original with SDPA",
         "max diff: largest difference of the class scores, compiled kernels from reference",
