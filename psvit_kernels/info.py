@@ -68,10 +68,9 @@ def collect() -> dict[str, Any]:
         "forced": registry.forced(),
         "fallbacks": dict(registry.fallbacks),
         "limits": {
-            "dtypes": "float32, bfloat16, float16, float64; what a provider can't serve goes to "
-            "the reference, which has no limits",
+            "cpu": f"float32 and bfloat16, head dim up to {cpu.MAX_HEAD_DIM}; the reference serves "
+            "the rest, down to float16 and up to float64",
             "map rows": f"start on multiples of {ROW_ALIGNMENT} bytes",
-            **dict(getattr(cpu, "LIMITS", {})),
         },
     }
 
