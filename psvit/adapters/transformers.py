@@ -201,7 +201,7 @@ def _as(base: type, host: type) -> type:
     which modules to take hidden states and attention maps from, and how to wrap layers."""
     name = f"PSViT{host.__name__}"
     made = type(name, (base, host), {"__module__": __name__, "__doc__": base.__doc__})
-    # transformers wraps the forward of each subclass of a layer, or its call (before 5.21), with
+    # transformers wraps the forward of each subclass of a layer, or its call (5.20), with
     # checkpointing of its own.
     made.forward = base.forward  # type: ignore[attr-defined]
     made.__call__ = base.__call__  # type: ignore[method-assign]
