@@ -14,10 +14,12 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, reference
+from . import cpu, reference, triton
 
-#: In order of preference. The reference serves everything, so it comes last.
-PROVIDERS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+PROVIDERS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
+
+#: Who is asked for tensors of a device, best first; the reference, which serves everything, always.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton",), "cpu": ("cpu",)}
 
 #: How often a better provider had to pass a call on, and why: shown by ``psvit info``.
 fallbacks: Counter[str] = Counter()
@@ -43,7 +45,7 @@ class use:
     A forced provider never falls back silently: a call that it can't serve raises.
 
     Args:
-        provider: "cpu", "reference" or "auto".
+        provider: "triton", "cpu", "reference" or "auto".
 
     Raises:
         ValueError: no such provider.
@@ -80,12 +82,12 @@ def choose(op: str, args: tuple) -> ModuleType:
         if reason is not None:
             raise ValueError(f'provider "{_forced}" was forced but cannot serve {op}: {reason}')
         return PROVIDERS[_forced]
-    for name, provider in PROVIDERS.items():
-        reason = provider.supports(op, args)
+    for name in PREFERENCE.get(args[0].device.type, ()):
+        reason = PROVIDERS[name].supports(op, args)
         if reason is None:
-            return provider
+            return PROVIDERS[name]
         fallbacks[f"{op}: not {name}: {reason}"] += 1
-    raise AssertionError("the reference supports every call")
+    return reference
 
 
 _forced = _from_environment()
