@@ -218,7 +218,8 @@ def test_another_provider_needs_one_function_per_operation_and_a_predicate(monke
         supports=lambda op, args: None if op == "token_pool" else "only pools",
         token_pool=lambda *args: seen.append("token_pool") or reference.token_pool(*args),
     )
-    monkeypatch.setattr(registry, "PROVIDERS", {"other": other, **registry.PROVIDERS})
+    monkeypatch.setitem(registry.PROVIDERS, "other", other)
+    monkeypatch.setitem(registry.PREFERENCE, "cpu", ("other", "cpu"))
     pk.token_pool(normal(1, 9, 4), (3, 3))
     attend()
     assert seen == ["token_pool"]
