@@ -30,3 +30,24 @@ def keep(seed, rows, columns, n, head, dropout):
     """1 / (1 - dropout) where an element of the map is kept, else 0; head counts over the batch."""
     words, _, _, _ = tl.philox(seed, rows[:, None] * n + columns[None, :], head, 0, 0)
     return tl.where(tl.uint_to_uniform_float(words) >= dropout, 1 / (1 - dropout), 0.0)
+
+
+@triton.jit
+def encode(e, dtype: tl.constexpr):
+    """The 8-bit code of probabilities relative to the largest of their row: see ``codes.py``."""
+    if dtype == tl.uint8:
+        code = (tl.sqrt(e) * 255 + 0.5).to(tl.int32).to(tl.uint8)
+    else:
+        code = (e * 256).to(dtype)
+    return code
+
+
+@triton.jit
+def decode(code, dtype: tl.constexpr):
+    """The weights that codes stand for, up to the scale of their row."""
+    if code.dtype == tl.uint8:
+        root = code.to(tl.float32) * (1 / 256)
+        weight = root * root
+    else:
+        weight = code
+    return weight.to(dtype)
