@@ -3,7 +3,7 @@
 from . import flops as _flops  # noqa: F401  (registers formulas)
 from .apply import apply_attention
 from .attention import attention
-from .maps import AttentionMap, DenseMap, FactoredMap
+from .maps import AttentionMap, DenseMap, FactoredMap, QuantizedMap
 from .pooling import token_pool
 from .registry import providers, use
 
@@ -11,6 +11,7 @@ __all__ = [
     "AttentionMap",
     "DenseMap",
     "FactoredMap",
+    "QuantizedMap",
     "apply_attention",
     "attention",
     "providers",

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .maps import AttentionMap, DenseMap, FactoredMap, row_pitch
-from .registry import register
+from .codes import CODES
+from .maps import AttentionMap, DenseMap, FactoredMap, Links, QuantizedMap, row_pitch
+from .registry import call, register
+
+FORMS = (None, "dense", *CODES, "factored")
 
 
 def attention(
@@ -20,7 +23,8 @@ def attention(
     *,
     scale: float | None = None,
     bias: Tensor | None = None,
-    return_map: Literal["dense", "factored"] | None = None,
+    return_map: Literal["dense", "uint8", "e4m3", "factored"] | None = None,
+    reuses: int = 1,
 ) -> tuple[Tensor, AttentionMap | None]:
     """O = P V with P = softmax(scale Q K^T + bias), and P itself if asked for.
 
@@ -32,8 +36,11 @@ def attention(
         scale: factor of the scores; 1 / sqrt(d) if None.
         bias: added to the scores, broadcastable to `[B, H, M, N]`, the dtype of q: masks (-inf),
             key bias, relative positions. Gradients reach it. A row of -inf alone gives NaN.
-        return_map: None, "dense" (the probabilities, in the dtype of q) or "factored" (q, k and
-            the log-sum-exp of each row: O(N) memory).
+        return_map: None, "dense" (the probabilities, in the dtype of q), "uint8" or "e4m3" (8 bits
+            an element and a scale per row, see ``QuantizedMap``) or "factored" (q, k and the
+            log-sum-exp of each row: O(N) memory).
+        reuses: how many layers will apply the map. That many gradients come back to q, k and bias
+            without an N x N gradient in memory; more than that are right too, by way of one.
 
     Returns:
         out: `[B, H, M, d']`, a view of `[B, M, H, d']` memory: merging heads copies nothing.
@@ -44,23 +51,42 @@ def attention(
 
     Raises:
         ValueError: wrong rank, sizes that don't match, no tokens, a strided last dimension,
-            another device, an unknown ``return_map``.
+            another device, an unknown ``return_map``, negative ``reuses``.
         TypeError: not a floating-point tensor, mixed dtypes.
 
     Source: PSViT, arXiv 2108.03428, section 3.
     """
     q, k, v, bias = _checked(q, k, v, bias)
-    if return_map not in (None, "dense", "factored"):
-        raise ValueError(f'return_map: got {return_map!r}, expected None, "dense" or "factored"')
+    if return_map not in FORMS:
+        raise ValueError(
+            f"return_map: got {return_map!r}, expected one of {', '.join(map(repr, FORMS))}"
+        )
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else checks.number("scale", scale)
-    dense = return_map == "dense"
-    out, storage, lse = torch.ops.psvit_kernels.attention(q, k, v, bias, scale, dense)
-    out = out.transpose(1, 2)
-    if return_map is None:
-        return out, None
-    if dense:
-        return out, DenseMap(storage, k.shape[2])
-    return out, FactoredMap(q, k, lse, scale, bias)
+    links = _links_wanted(q, k, bias, return_map, reuses)
+    ops = torch.ops.psvit_kernels
+    if return_map in CODES:
+        code = CODES[return_map]
+        out, coded, row_scale, lse, pairs = ops.attention_quantized(
+            q, k, v, bias, scale, code, links
+        )
+        attn_map: AttentionMap = QuantizedMap(coded, row_scale, k.shape[2], q.dtype)
+    else:
+        dense = return_map == "dense"
+        out, storage, lse, pairs = ops.attention(q, k, v, bias, scale, dense, links)
+        if return_map is None:
+            return out.transpose(1, 2), None
+        attn_map = DenseMap(storage, k.shape[2]) if dense else FactoredMap(q, k, lse, scale, bias)
+    attn_map.links = Links(lse, pairs) if links else None
+    return out.transpose(1, 2), attn_map
+
+
+def _links_wanted(
+    q: Tensor, k: Tensor, bias: Tensor | None, return_map: str | None, reuses: int
+) -> int:
+    if checks.integer("reuses", reuses) < 0:
+        raise ValueError(f"reuses: got {reuses}, expected 0 or more")
+    trained = q.requires_grad or k.requires_grad or (bias is not None and bias.requires_grad)
+    return reuses if return_map is not None and trained and torch.is_grad_enabled() else 0
 
 
 def _checked(
@@ -119,54 +145,109 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake(q, k, v, bias, scale, dense_map):
+def _links(out: Tensor, v: Tensor, count: int) -> list[Tensor]:
+    """Pairs of stand-ins for the gradient of an output and for values: one element each."""
+    pair = (out, v)
+    return [t.new_empty(1).expand(t.shape) for _ in range(count) for t in pair]
+
+
+def _fake(q, k, v, bias, scale, dense_map, links):
+    out, storage, lse = _fake_results(q, k, v, row_pitch(k.shape[2], q.element_size()))
+    return out, storage if dense_map else q.new_empty(0), lse, _links(out, v, links)
+
+
+def _fake_quantized(q, k, v, bias, scale, code, links):
+    out, codes, lse = _fake_results(q, k, v, row_pitch(k.shape[2], 1))
+    return (
+        out,
+        codes.to(code),
+        torch.empty_like(lse, dtype=torch.float32),
+        lse,
+        _links(out, v, links),
+    )
+
+
+def _fake_results(q, k, v, pitch):
     b, h, m, _ = q.shape
-    n = k.shape[2]
-    out = q.new_empty(b, m, h, v.shape[3])
-    pitch = row_pitch(n, q.element_size())
-    storage = q.new_empty(b, h, m, pitch) if dense_map else q.new_empty(0)
+    out, storage = q.new_empty(b, m, h, v.shape[3]), q.new_empty(b, h, m, pitch)
     return out, storage, q.new_empty(b, h, m, dtype=wide_dtype(q.dtype))
 
 
-def _fake_backward(grad_out, grad_map, q, k, v, bias, scale, map_storage, lse, need_bias):
+def _run(q, k, v, bias, scale, dense_map, links):
+    out, storage, lse = call("attention", q, k, v, bias, scale, dense_map)
+    return out, storage, lse, _links(out, v, links)
+
+
+def _run_quantized(q, k, v, bias, scale, code, links):
+    out, codes, row_scale, lse = call("attention_quantized", q, k, v, bias, scale, code)
+    return out, codes, row_scale, lse, _links(out, v, links)
+
+
+def _fake_backward(
+    grad_out, grad_map, grad_lse, group_grads, group_values, q, k, v, bias, scale, map_storage,
+    lse, out, need_bias,
+):  # fmt: skip
     b, h, m, _ = q.shape
     dbias = q.new_empty(b, h, m, k.shape[2]) if need_bias else q.new_empty(0)
     return (*(t.new_empty(t.shape) for t in (q, k, v)), dbias)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, bias, scale, dense_map = inputs
-    _, storage, lse = output
-    # One call: another one would replace the first.
-    ctx.mark_non_differentiable(*((lse,) if dense_map else (lse, storage)))
+    q, k, v, bias, ctx.scale, dense_map, _ = inputs
+    out, storage, lse, _ = output
+    if not dense_map:
+        ctx.mark_non_differentiable(storage)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, bias, storage, lse)
-    ctx.scale = scale
+    ctx.save_for_backward(q, k, v, bias, storage, lse, out)
 
 
-def _backward(ctx, grad_out, grad_map, grad_lse):
-    q, k, v, bias, storage, lse = ctx.saved_tensors
+def _setup_quantized(ctx, inputs, output):
+    q, k, v, bias, ctx.scale, _, _ = inputs
+    out, codes, row_scale, lse, _ = output
+    ctx.mark_non_differentiable(codes, row_scale)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, bias, q.new_empty(0), lse, out)
+
+
+def _backward(ctx, grad_out, grad_map, grad_lse, grad_links):
+    q, k, v, bias, storage, lse, out = ctx.saved_tensors
+    pairs = [pair for pair in zip(*[iter(grad_links)] * 2, strict=True) if pair[0] is not None]
     if grad_out is None:
-        if grad_map is None:
-            return None, None, None, None, None, None
-        grad_out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        if grad_map is None and grad_lse is None and not pairs:
+            return None, None, None, None, None, None, None
+        grad_out = torch.zeros_like(out)
     need_bias = bias is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dbias = torch.ops.psvit_kernels.attention_backward(
-        grad_out, grad_map, q, k, v, bias, ctx.scale, storage, lse, need_bias
-    )
-    return dq, dk, dv, dbias if need_bias else None, None, None
+        grad_out, grad_map, grad_lse, [g for g, _ in pairs], [values for _, values in pairs],
+        q, k, v, bias, ctx.scale, storage, lse, out, need_bias,
+    )  # fmt: skip
+    return dq, dk, dv, dbias if need_bias else None, None, None, None
+
+
+def _backward_quantized(ctx, grad_out, grad_codes, grad_row_scale, grad_lse, grad_links):
+    return _backward(ctx, grad_out, None, grad_lse, grad_links)
 
 
 register(
-    "attention_backward(Tensor grad_out, Tensor? grad_map, Tensor q, Tensor k, Tensor v,"
-    " Tensor? bias, float scale, Tensor map_storage, Tensor lse, bool need_bias)"
+    "attention_backward(Tensor grad_out, Tensor? grad_map, Tensor? grad_lse, Tensor[] group_grads,"
+    " Tensor[] group_values, Tensor q, Tensor k, Tensor v, Tensor? bias, float scale,"
+    " Tensor map_storage, Tensor lse, Tensor out, bool need_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
 register(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool dense_map)"
-    " -> (Tensor, Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool dense_map, int links)"
+    " -> (Tensor, Tensor, Tensor, Tensor[])",
     _fake,
     _backward,
     _setup_context,
+    _run,
+)
+register(
+    "attention_quantized(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, ScalarType code,"
+    " int links) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    _fake_quantized,
+    _backward_quantized,
+    _setup_quantized,
+    _run_quantized,
 )

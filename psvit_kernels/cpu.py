@@ -52,6 +52,10 @@ def _head_dims(*tensors: Tensor) -> str | None:
     return None
 
 
+def _drops(dropout: float) -> str | None:
+    return "dropout" if dropout else None
+
+
 def _pool_reason(x, grid, prefix, kind, kernel, stride, padding, weight, bias, groups, *norm):
     if kind == "conv" and not groups == x.shape[2] == weight.shape[0]:
         return "a convolution that is not depthwise (PyTorch's own serves it)"
@@ -60,11 +64,16 @@ def _pool_reason(x, grid, prefix, kind, kernel, stride, padding, weight, bias, g
 
 _SUPPORTS: dict[str, Callable[..., str | None]] = {
     "attention": lambda q, k, v, *_: _head_dims(q, v),
-    "attention_backward": lambda g, gm, q, k, v, *_: _head_dims(q, v),
-    "apply_dense": lambda storage, v, *_: _head_dims(v),
-    "apply_dense_backward": lambda g, storage, v, *_: _head_dims(v),
-    "apply_factored": lambda q, k, lse, bias, scale, v, *_: _head_dims(q, v),
-    "apply_factored_backward": lambda g, q, k, lse, bias, scale, v, *_: _head_dims(q, v),
+    "attention_quantized": lambda *_: "8-bit maps are the reference's on a CPU",
+    "attention_backward": lambda *args: _head_dims(*args[5:8]),
+    "apply_dense": lambda storage, v, *rest: _drops(rest[2]) or _head_dims(v),
+    "apply_dense_backward": lambda g, storage, v, *rest: _drops(rest[2]) or _head_dims(v),
+    "apply_quantized": lambda *_: "8-bit maps are the reference's on a CPU",
+    "apply_quantized_backward": lambda *_: "8-bit maps are the reference's on a CPU",
+    "apply_factored": lambda q, k, lse, b, s, v, *rest: _drops(rest[2]) or _head_dims(q, v),
+    "apply_factored_backward": lambda g, q, k, lse, b, s, v, *rest: (
+        _drops(rest[2]) or _head_dims(q, v)
+    ),
     "token_pool": _pool_reason,
     "token_pool_backward": lambda g, *args: _pool_reason(*args),
 }
@@ -131,7 +140,10 @@ def _unit_bias(bias: Tensor) -> Tensor:
     return bias if bias.stride(-1) == 1 or bias.shape[-1] == 1 else bias.contiguous()
 
 
-def attention_backward(grad_out, grad_map, q, k, v, bias, scale, map_storage, lse, need_bias):
+def attention_backward(
+    grad_out, grad_map, grad_lse, group_grads, group_values, q, k, v, bias, scale, map_storage,
+    lse, out, need_bias,
+):  # fmt: skip
     stored = map_storage if map_storage.numel() else None
     return _backward(
         grad_out, grad_map, stored, q, k, lse, bias, scale, v, None, need_bias
@@ -159,7 +171,7 @@ def _backward(grad_out, grad_map, stored, q, k, lse, bias, scale, v, head_index,
 # --- apply_attention --------------------------------------------------------------------------
 
 
-def apply_dense(map_storage, v, head_index, correction):
+def apply_dense(map_storage, v, head_index, correction, dropout=0.0, seed=None, links=()):
     b, h, n, d = v.shape
     m = map_storage.shape[2]
     out = v.new_empty(b, m, h, d)
@@ -181,7 +193,9 @@ def _correction_backward(grad_out, out, v, correction):
     return g.transpose(1, 2).to(v.dtype), dv, dcorrection
 
 
-def apply_dense_backward(grad_out, map_storage, v, head_index, correction):
+def apply_dense_backward(
+    grad_out, map_storage, v, head_index, correction, dropout, seed, linked, out
+):
     if correction is not None:
         out = apply_dense(map_storage, v, head_index, None)
         grad_out, dv_direct, dcorrection = _correction_backward(grad_out, out, v, correction)
@@ -194,12 +208,25 @@ def apply_dense_backward(grad_out, map_storage, v, head_index, correction):
         _strided(v), _heads_first(grad_out), _strided(dmap), _strided(dv), head_index,
         torch.get_num_threads(),
     )  # fmt: skip
+    linked_grads = _linked_gradients(grad_out, out, correction, linked)
+    dmap = v.new_empty(0) if linked else dmap
     if correction is None:
-        return dmap, dv, v.new_empty(0)
-    return dmap, dv.add_(dv_direct), dcorrection
+        return dmap, dv, v.new_empty(0), *linked_grads
+    return dmap, dv.add_(dv_direct), dcorrection, *linked_grads
 
 
-def apply_factored(q, k, lse, bias, scale, v, head_index, correction):
+def _linked_gradients(grad_pv, pv, correction, linked):
+    """What a linked application sends to its donor: see the reference."""
+    absent = pv.new_empty(0)
+    if not linked:
+        return absent, absent
+    dlse = -(grad_pv.float() * pv.float()).sum(-1).transpose(1, 2).contiguous()
+    return dlse, absent if correction is None else grad_pv
+
+
+def apply_factored(
+    q, k, lse, bias, scale, v, head_index, correction, dropout=0.0, seed=None, links=()
+):
     b, h, n, dv = v.shape
     m, d = q.shape[2:]
     out = v.new_empty(b, m, h, dv)
@@ -215,7 +242,10 @@ def apply_factored(q, k, lse, bias, scale, v, head_index, correction):
     return out
 
 
-def apply_factored_backward(grad_out, q, k, lse, bias, scale, v, head_index, correction, need_bias):
+def apply_factored_backward(
+    grad_out, q, k, lse, bias, scale, v, head_index, correction, dropout, seed, linked, need_bias,
+    out,
+):  # fmt: skip
     if correction is not None:
         out = apply_factored(q, k, lse, bias, scale, v, head_index, None)
         grad_out, dv_direct, dcorrection = _correction_backward(grad_out, out, v, correction)
@@ -223,9 +253,11 @@ def apply_factored_backward(grad_out, q, k, lse, bias, scale, v, head_index, cor
     dq, dk, dv, dbias = _backward(
         grad_out, None, None, q, k, lse, bias, scale, v, head_index, need_bias
     )  # fmt: skip
+    linked_grads = _linked_gradients(grad_out, out, correction, linked)
+    dq, dk, dbias = (v.new_empty(0) if linked else t for t in (dq, dk, dbias))
     if correction is None:
-        return dq, dk, dbias, dv, v.new_empty(0)
-    return dq, dk, dbias, dv.add_(dv_direct), dcorrection
+        return dq, dk, dbias, dv, v.new_empty(0), *linked_grads
+    return dq, dk, dbias, dv.add_(dv_direct), dcorrection, *linked_grads
 
 
 # --- token_pool -------------------------------------------------------------------------------

@@ -36,6 +36,9 @@ def attention(q: Shape, k: Shape, v: Shape, *args: Any, **kwargs: Any) -> int:
 def attention_backward(
     grad_out: Shape,
     grad_map: Shape | None,
+    grad_lse: Shape | None,
+    group_grads: list[Shape],
+    group_values: list[Shape],
     q: Shape,
     k: Shape,
     v: Shape,
@@ -45,9 +48,11 @@ def attention_backward(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """dO V^T, P^T dO, dS K, dS^T Q, and the scores again where the map wasn't kept."""
+    """dO V^T, P^T dO, dS K, dS^T Q, dO_l V_l^T of the layers that share the map, and the scores
+    again where it wasn't kept."""
     again = 0 if math.prod(map_storage) else q[3]
-    return _product(q, k[2], 2 * v[3] + 2 * q[3] + again)
+    group = sum(values[3] for values in group_values)
+    return _product(q, k[2], 2 * v[3] + 2 * q[3] + again + group)
 
 
 @register_flop_formula(_ops.apply_dense)

@@ -7,12 +7,12 @@ value; it is never stored on a module.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, codes
 
 #: Rows of a stored map start on multiples of this many bytes, for vector loads and bulk copies.
 ROW_ALIGNMENT = 16
@@ -24,12 +24,38 @@ def row_pitch(n: int, itemsize: int) -> int:
     return (n + per_unit - 1) // per_unit * per_unit
 
 
+class Links:
+    """Edges on which the layers that apply a map send their gradients back to its donor.
+
+    The gradient of a map is a sum of products, dP = sum_l dO_l V_l^T. Instead of writing it, each
+    application sends dO_l and V_l, and its part of the log-sum-exp's gradient, and the donor's
+    backward walks them. A link is a tensor without memory of its own whose "gradient" is such a
+    tensor; it can carry one, so each application takes its own pair.
+
+    Args:
+        lse: of the donor.
+        pairs: stand-ins for `[B, M, H, d]` and `[B, H, N, d]`, one of each for every application.
+    """
+
+    def __init__(self, lse: Tensor, pairs: list[Tensor]) -> None:
+        self.lse = lse
+        self.pairs = pairs
+
+    def take(self, v: Tensor) -> list[Tensor]:
+        """The log-sum-exp and a pair for values like ``v``, or nothing if there is none."""
+        if not self.pairs or self.pairs[1].shape != v.shape:
+            return []
+        pair, self.pairs = self.pairs[:2], self.pairs[2:]
+        return [self.lse, *pair]
+
+
 class AttentionMap:
     """Base class of the forms of an attention map; make one with ``attention(return_map=...)``."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
     device: torch.device
+    links: Links | None
 
     def dense(self) -> Tensor:
         """The probabilities, (B, H, M, N), for people and pictures."""
@@ -52,6 +78,7 @@ class DenseMap(AttentionMap):
 
     storage: Tensor
     n: int
+    links: Links | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         checks.is_tensor("storage", self.storage, 4, "(B or 1, H, M, pitch)")
@@ -98,6 +125,103 @@ class DenseMap(AttentionMap):
 
 
 @dataclass(eq=False)
+class QuantizedMap(AttentionMap):
+    """Probabilities in 8 bits with a scale per row: half the memory of a bfloat16 map.
+
+    P[b, h, i, j] = row_scale[b, h, i] * weight(codes[b, h, i, j]); what the codes and weights are,
+    and how far such maps are from exact ones in a trained model, says ``psvit_kernels/codes.py``.
+    The scale is one over the sum of the row's weights, so that rows stay convex: what rounding
+    takes from one token goes to the others, in proportion. The worst row has one peak and N - 1
+    equal probabilities that all round the same way: a total variation of 0.0013 sqrt(N) with
+    uint8, of 1/64 with e4m3 (and there what is below 2^-18 of the peak is lost).
+
+    Gradients pass straight through: those of v are exact for this map, those of q, k and bias are
+    what the exact probabilities have for the gradient that arrives here. They need a link for every
+    application (``attention(..., reuses=...)``); one map made by ``from_dense`` has none.
+
+    Args:
+        codes: `[B or 1, H, M, pitch]`, uint8 or float8_e4m3fn, columns ``n`` and beyond are zero.
+        row_scale: `[B or 1, H, M]`, float32.
+        n: number of columns that count.
+        dtype: of the values that it is applied to.
+    """
+
+    codes: Tensor
+    row_scale: Tensor
+    n: int
+    dtype: torch.dtype  # type: ignore[misc]
+    links: Links | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        c, scale = self.codes, self.row_scale
+        known = tuple(codes.CODES.values())
+        if not isinstance(c, Tensor) or c.dim() != 4 or c.dtype not in known:
+            got = type(c).__name__ if not isinstance(c, Tensor) else f"{tuple(c.shape)}, {c.dtype}"
+            raise TypeError(
+                f"codes: got {got}, expected (B or 1, H, M, pitch), {' or '.join(map(str, known))}"
+            )
+        checks.is_tensor("row_scale", scale, 3, "(B or 1, H, M)")
+        if scale.shape != c.shape[:3] or scale.dtype != torch.float32 or scale.device != c.device:
+            raise ValueError(
+                f"row_scale: got shape {tuple(scale.shape)}, {scale.dtype} on {scale.device}, "
+                f"expected {tuple(c.shape[:3])}, torch.float32 on {c.device}"
+            )
+        if not 1 <= self.n <= c.shape[-1]:
+            raise ValueError(
+                f"n: got {self.n} for codes of shape {tuple(c.shape)}, expected 1 to "
+                f"{c.shape[-1]}, the number of columns that count"
+            )
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"dtype: got {self.dtype}, expected a floating-point dtype")
+        checks.unit_last_stride("codes", c)
+
+    @classmethod
+    def from_dense(cls, probabilities: Tensor, code: str = "uint8") -> QuantizedMap:
+        """Codes given probabilities, `[B or 1, H, M, N]`.
+
+        Args:
+            code: "uint8" or "e4m3".
+
+        Raises:
+            ValueError: not four dimensions, no column, or an unknown code.
+            TypeError: not a floating-point tensor.
+        """
+        checks.is_tensor("probabilities", probabilities, 4, "(B or 1, H, M, N)")
+        checks.not_empty("probabilities", probabilities, 3, "column")
+        if code not in codes.CODES:
+            raise ValueError(f'code: got {code!r}, expected "uint8" or "e4m3"')
+        n = probabilities.shape[-1]
+        p = probabilities.detach().float()
+        coded = codes.encode(p / p.amax(-1, keepdim=True), codes.CODES[code])
+        return cls(*padded_codes(coded), n, probabilities.dtype)
+
+    def dense(self) -> Tensor:
+        weights = codes.decode(self.codes[..., : self.n], torch.float32)
+        return (weights * self.row_scale.unsqueeze(-1)).to(self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]
+        b, h, m, _ = self.codes.shape
+        return (b, h, m, self.n)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.numel() + 4 * self.row_scale.numel()
+
+
+def padded_codes(coded: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes `[B, H, M, N]` in rows of 16 bytes, and the scale of each row, float32."""
+    *rows, n = coded.shape
+    storage = torch.zeros(*rows, row_pitch(n, 1), dtype=coded.dtype, device=coded.device)
+    storage[..., :n] = coded
+    return storage, 1 / codes.decode(coded, torch.float32).sum(-1)
+
+
+@dataclass(eq=False)
 class FactoredMap(AttentionMap):
     """What a map can be rebuilt from: O(N) memory, and no softmax reduction when it is applied.
 
@@ -116,6 +240,7 @@ class FactoredMap(AttentionMap):
     lse: Tensor
     scale: float
     bias: Tensor | None = None
+    links: Links | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         q, k, lse, bias = self.q, self.k, self.lse, self.bias

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import codes
 from .epilogue import corrected, correction_backward, norm_backward
 from .epilogue import wide as _wide
-from .maps import row_pitch
+from .maps import padded_codes, row_pitch
 
 
 def missing() -> str | None:
@@ -55,9 +56,23 @@ def attention(
     return out, F.pad(p.to(q.dtype), (0, row_pitch(n, q.element_size()) - n)), lse
 
 
+def attention_quantized(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, code: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``attention``, whose output stays exact, and P in 8 bits with a scale per row."""
+    scores = _scores(q, k, bias, scale)
+    out, _, lse = attention(q, k, v, bias, scale, False)
+    e = torch.exp(scores - scores.amax(-1, keepdim=True))
+    coded, row_scale = padded_codes(codes.encode(e, code))
+    return out, coded, torch.where(lse.isfinite(), row_scale, torch.nan), lse
+
+
 def attention_backward(
     grad_out: Tensor,
     grad_map: Tensor | None,
+    grad_lse: Tensor | None,
+    group_grads: list[Tensor],
+    group_values: list[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -65,10 +80,13 @@ def attention_backward(
     scale: float,
     map_storage: Tensor,
     lse: Tensor,
+    out: Tensor,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dP = dO V^T + the map's own gradient; dS = P (dP - rowsum(P dP)); then dQ, dK, dV, dbias.
+    """dS = P (dP - rowsum(P dP) + sum_l dO_l V_l^T + dlse); then dQ, dK, dV, dbias.
 
+    dP = dO V^T + the map's own gradient. What the layers that share the map sent back, (dO_l, V_l)
+    and their part of the gradient of the log-sum-exp, comes in the lists and in ``grad_lse``.
     ``grad_out`` is (B, M, H, d), as the op returned it; ``grad_map`` is in the map's storage.
     """
     n = k.shape[2]
@@ -79,56 +97,128 @@ def attention_backward(
     dp = g @ _wide(v).transpose(-1, -2)
     if grad_map is not None:
         dp = dp + _wide(grad_map[..., :n])
-    dq, dk, ds = _softmax_backward(p, dp, q, k, scale)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    for group_grad, values in zip(group_grads, group_values, strict=True):
+        ds = ds + p * (_wide(group_grad).transpose(1, 2) @ _wide(values).transpose(-1, -2))
+    if grad_lse is not None:
+        ds = ds + p * grad_lse.unsqueeze(-1)
+    dq, dk = _score_gradients(ds, q, k, scale)
     dv = p.transpose(-1, -2) @ g
     dbias = ds.to(q.dtype) if need_bias else q.new_empty(0)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dbias
 
 
-def _softmax_backward(
-    p: Tensor, dp: Tensor, q: Tensor, k: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    return ds @ _wide(k) * scale, ds.transpose(-1, -2) @ _wide(q) * scale, ds
+def _score_gradients(ds: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return ds @ _wide(k) * scale, ds.transpose(-1, -2) @ _wide(q) * scale
 
 
 # --- apply_attention ------------------------------------------------------------------------
 
+_PHILOX_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_PHILOX_KEYS = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
 
-def _apply_backward(
-    grad_out: Tensor, p: Tensor, v: Tensor, head_index: list[int] | None, correction: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dP in the donor's shape, dV and the scalars' gradient of O = corrected(P[head_index] V)."""
-    donor = p.shape
+
+def _philox(key: tuple[Tensor, Tensor], counter: list[Tensor]) -> Tensor:
+    """First word of Philox-4x32-10 (Salmon et al. 2011), 32-bit words in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        a, b = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c2 = (b >> 32) & _WORD ^ c1 ^ k0, (a >> 32) & _WORD ^ c3 ^ k1
+        c1, c3 = b & _WORD, a & _WORD
+        k0, k1 = (k0 + _PHILOX_KEYS[0]) & _WORD, (k1 + _PHILOX_KEYS[1]) & _WORD
+    return c0
+
+
+def _kept(shape: tuple[int, ...], dropout: float, seed: Tensor) -> Tensor:
+    """1 / (1 - dropout) where an element of a map of (B, H, M, N) is kept, else 0.
+
+    The random number of an element comes from its place alone, so that a kernel can make it where
+    it needs it, in the backward again: counter (i N + j, b H + h), key the seed.
+    """
+    b, h, m, n = shape
+    element = torch.arange(m * n, device=seed.device).view(m, n)
+    head = torch.arange(b * h, device=seed.device).view(b, h, 1, 1)
+    none = torch.zeros_like(head)
+    word = _philox((seed & _WORD, seed >> 32 & _WORD), [element & _WORD, head, none, none])
+    word = torch.where(word >= 2**31, _WORD - word, word)
+    uniform = word.to(torch.float32) * 4.6566127342e-10
+    return torch.where(uniform >= dropout, 1 / (1 - dropout), 0.0)
+
+
+def _dropped(
+    p: Tensor, v: Tensor, head_index: list[int] | None, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """P of each receiver after dropout, and what it was multiplied with."""
     if head_index is not None:
         p = p[:, head_index]
-    wide_v, g = _wide(v), _wide(grad_out).transpose(1, 2)
-    dv_direct, dcorrection = v.new_zeros(()), v.new_empty(0)
-    if correction is not None:
-        g, dv_direct, dcorrection = correction_backward(g, p @ wide_v, wide_v, correction)
-    dp = g @ wide_v.transpose(-1, -2)
-    dv = p.transpose(-1, -2) @ g + dv_direct
-    dp = dp.sum_to_size(donor[0], *dp.shape[1:])
-    if head_index is not None:
-        index = torch.tensor(head_index, device=p.device)
-        dp = dp.new_zeros(donor).index_add(1, index, dp)
-    return dp, dv, dcorrection
+    if seed is None:
+        return p, None
+    kept = _kept((*v.shape[:2], *p.shape[2:]), dropout, seed).to(p.dtype)
+    return p * kept, kept
 
 
-def _apply(p: Tensor, v: Tensor, head_index: list[int] | None, correction: Tensor | None) -> Tensor:
+def _apply(
+    p: Tensor,
+    v: Tensor,
+    head_index: list[int] | None,
+    correction: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
     """(B, M, H, d) from wide probabilities."""
-    if head_index is not None:
-        p = p[:, head_index]
-    out = p @ _wide(v)
+    out = _dropped(p, v, head_index, dropout, seed)[0] @ _wide(v)
     if correction is not None:
         out = corrected(out, _wide(v), correction)
     return _merge(out, v.dtype)
 
 
+def _apply_backward(
+    grad_out: Tensor,
+    p: Tensor,
+    v: Tensor,
+    head_index: list[int] | None,
+    correction: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    linked: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dP in the donor's shape, dV, the scalars' gradient of O = corrected(P[head_index] V).
+
+    And, if this application is linked to its donor, that of the log-sum-exp (the rows of P scale
+    with exp(-lse), so it is - dPV . PV) and of P V itself where it isn't ``grad_out``.
+    """
+    donor, absent = p.shape, v.new_empty(0)
+    p, kept = _dropped(p, v, head_index, dropout, seed)
+    wide_v, g = _wide(v), _wide(grad_out).transpose(1, 2)
+    dv_direct, dcorrection, dlse, dpv = v.new_zeros(()), absent, absent, absent
+    if correction is not None:
+        g, dv_direct, dcorrection = correction_backward(g, p @ wide_v, wide_v, correction)
+    dp = g @ wide_v.transpose(-1, -2)
+    dv = (p.transpose(-1, -2) @ g + dv_direct).to(v.dtype)
+    if linked:
+        dlse = -(g * (p @ wide_v)).sum(-1)
+        dpv = absent if correction is None else _merge(g, v.dtype)
+    dp = dp if kept is None else dp * kept
+    dp = dp.sum_to_size(donor[0], *dp.shape[1:])
+    if head_index is not None:
+        index = torch.tensor(head_index, device=p.device)
+        dp = dp.new_zeros(donor).index_add(1, index, dp)
+    return dp, dv, dcorrection, dlse, dpv
+
+
 def apply_dense(
-    map_storage: Tensor, v: Tensor, head_index: list[int] | None, correction: Tensor | None
+    map_storage: Tensor,
+    v: Tensor,
+    head_index: list[int] | None,
+    correction: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    links: list[Tensor],
 ) -> Tensor:
-    return _apply(_wide(map_storage[..., : v.shape[2]]), v, head_index, correction)
+    p = _wide(map_storage[..., : v.shape[2]])
+    return _apply(p, v, head_index, correction, dropout, seed)
 
 
 def apply_dense_backward(
@@ -137,12 +227,56 @@ def apply_dense_backward(
     v: Tensor,
     head_index: list[int] | None,
     correction: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dropout: float,
+    seed: Tensor | None,
+    linked: bool,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = v.shape[2]
     p = _wide(map_storage[..., :n])
-    dp, dv, dcorrection = _apply_backward(grad_out, p, v, head_index, correction)
+    rest = (head_index, correction, dropout, seed, linked)
+    dp, *others = _apply_backward(grad_out, p, v, *rest)
+    if linked:
+        return v.new_empty(0), *others  # type: ignore[return-value]
     dmap = F.pad(dp.to(map_storage.dtype), (0, map_storage.shape[-1] - n))
-    return dmap, dv.to(v.dtype), dcorrection
+    return dmap, *others  # type: ignore[return-value]
+
+
+def _dequantized(codes_: Tensor, row_scale: Tensor, v: Tensor) -> Tensor:
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    return codes.decode(codes_[..., : v.shape[2]], wide) * row_scale.unsqueeze(-1)
+
+
+def apply_quantized(
+    codes_: Tensor,
+    row_scale: Tensor,
+    v: Tensor,
+    head_index: list[int] | None,
+    correction: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    links: list[Tensor],
+) -> Tensor:
+    p = _dequantized(codes_, row_scale, v)
+    return _apply(p, v, head_index, correction, dropout, seed)
+
+
+def apply_quantized_backward(
+    grad_out: Tensor,
+    codes_: Tensor,
+    row_scale: Tensor,
+    v: Tensor,
+    head_index: list[int] | None,
+    correction: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    linked: bool,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = _dequantized(codes_, row_scale, v)
+    rest = (head_index, correction, dropout, seed, linked)
+    _, *others = _apply_backward(grad_out, p, v, *rest)
+    return tuple(others)  # type: ignore[return-value]
 
 
 def apply_factored(
@@ -154,8 +288,12 @@ def apply_factored(
     v: Tensor,
     head_index: list[int] | None,
     correction: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    links: list[Tensor],
 ) -> Tensor:
-    return _apply(_probabilities(q, k, bias, scale, lse), v, head_index, correction)
+    p = _probabilities(q, k, bias, scale, lse)
+    return _apply(p, v, head_index, correction, dropout, seed)
 
 
 def apply_factored_backward(
@@ -168,14 +306,22 @@ def apply_factored_backward(
     v: Tensor,
     head_index: list[int] | None,
     correction: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    linked: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients reach q and k through the whole softmax: lse is a function of them."""
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients reach q and k through the whole softmax (lse depends on them), or by links."""
     p = _probabilities(q, k, bias, scale, lse)
-    dp, dv, dcorrection = _apply_backward(grad_out, p, v, head_index, correction)
-    dq, dk, ds = _softmax_backward(p, dp, q, k, scale)
+    rest = (head_index, correction, dropout, seed, linked)
+    dp, *others = _apply_backward(grad_out, p, v, *rest)
+    if linked:
+        return *(q.new_empty(0) for _ in range(3)), *others  # type: ignore[return-value]
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    dq, dk = _score_gradients(ds, q, k, scale)
     dbias = ds.to(q.dtype) if need_bias else q.new_empty(0)
-    return dq.to(q.dtype), dk.to(q.dtype), dbias, dv.to(v.dtype), dcorrection
+    return dq.to(q.dtype), dk.to(q.dtype), dbias, *others  # type: ignore[return-value]
 
 
 # --- token_pool -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -90,17 +91,23 @@ def choose(op: str, args: tuple) -> ModuleType:
     return reference
 
 
+def call(op: str, *args):
+    """The result of the provider that serves this call."""
+    return getattr(choose(op, args), op)(*args)
+
+
 _forced = _from_environment()
 
 _library = torch.library.Library("psvit_kernels", "DEF")
 
 
-def register(schema: str, fake, backward=None, setup_context=None) -> None:
-    """Defines an operation once: schema, shapes for tracing, derivative; providers implement it."""
-    op = schema.split("(", 1)[0]
+def register(schema: str, fake, backward=None, setup_context=None, run=None) -> None:
+    """Defines an operation once: schema, shapes for tracing, derivative; providers implement it.
 
-    def run(*args):
-        return getattr(choose(op, args), op)(*args)
+    ``run`` stands for the call of the provider where there is something to do around it.
+    """
+    op = schema.split("(", 1)[0]
+    run = partial(call, op) if run is None else run
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(op, run, "CompositeExplicitAutograd")
