@@ -189,17 +189,18 @@ def _apply_backward(
     And, if this application is linked to its donor, that of the log-sum-exp (the rows of P scale
     with exp(-lse), so it is - dPV . PV) and of P V itself where it isn't ``grad_out``.
     """
-    donor, absent = p.shape, v.new_empty(0)
+    donor = p.shape
     p, kept = _dropped(p, v, head_index, dropout, seed)
     wide_v, g = _wide(v), _wide(grad_out).transpose(1, 2)
-    dv_direct, dcorrection, dlse, dpv = v.new_zeros(()), absent, absent, absent
+    dv_direct = v.new_zeros(())
+    dcorrection, dlse, dpv = (v.new_empty(0) for _ in range(3))
     if correction is not None:
         g, dv_direct, dcorrection = correction_backward(g, p @ wide_v, wide_v, correction)
     dp = g @ wide_v.transpose(-1, -2)
     dv = (p.transpose(-1, -2) @ g + dv_direct).to(v.dtype)
     if linked:
         dlse = -(g * (p @ wide_v)).sum(-1)
-        dpv = absent if correction is None else _merge(g, v.dtype)
+        dpv = dpv if correction is None else _merge(g, v.dtype)
     dp = dp if kept is None else dp * kept
     dp = dp.sum_to_size(donor[0], *dp.shape[1:])
     if head_index is not None:
@@ -357,6 +358,10 @@ def _pool_image(
     return F.conv2d(image, weight.to(image.dtype), wide_bias, stride, padding, 1, groups)
 
 
+def _sum(x: Tensor, residual: Tensor | None) -> Tensor:
+    return _wide(x) if residual is None else _wide(x) + _wide(residual)
+
+
 def _pool_tokens(wide: Tensor, grid: list[int], prefix: int, *pool) -> Tensor:
     """Prefix tokens unchanged, the others pooled: what the normalisation, if any, gets."""
     pooled = _tokens(_pool_image(_image(wide[:, prefix:], grid), *pool))
@@ -365,6 +370,7 @@ def _pool_tokens(wide: Tensor, grid: list[int], prefix: int, *pool) -> Tensor:
 
 def token_pool(
     x: Tensor,
+    residual: Tensor | None,
     grid: list[int],
     prefix: int,
     kind: str,
@@ -379,7 +385,7 @@ def token_pool(
     norm_eps: float,
 ) -> Tensor:
     pool = (kind, kernel, stride, padding, weight, bias, groups)
-    out = _pool_tokens(_wide(x), grid, prefix, *pool)
+    out = _pool_tokens(_sum(x, residual), grid, prefix, *pool)
     if norm_weight is not None:
         wide_bias = None if norm_bias is None else norm_bias.to(out.dtype)
         out = F.layer_norm(out, out.shape[-1:], norm_weight.to(out.dtype), wide_bias, norm_eps)
@@ -420,6 +426,7 @@ def _pool_image_backward(
 def token_pool_backward(
     grad_out: Tensor,
     x: Tensor,
+    residual: Tensor | None,
     grid: list[int],
     prefix: int,
     kind: str,
@@ -433,9 +440,12 @@ def token_pool_backward(
     norm_bias: Tensor | None,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, norm_weight, norm_bias; an empty tensor for what is absent."""
+    """Gradients of x (the residual's is the same), weight, bias, norm_weight, norm_bias.
+
+    An empty tensor for what is absent.
+    """
     pool = (kind, kernel, stride, padding, weight, bias, groups)
-    wide, g = _wide(x), _wide(grad_out)
+    wide, g = _sum(x, residual), _wide(grad_out)
     dnorm_weight = dnorm_bias = None
     if norm_weight is not None:
         pooled = _pool_tokens(wide, grid, prefix, *pool)

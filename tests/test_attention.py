@@ -406,9 +406,9 @@ def test_gradients_are_only_given_where_asked_for(provider):
 def test_nothing_is_differentiable_without_need(provider):
     q, k, v = (normal(1, 2, 9, 16) for _ in range(3))
     out, p = pk.attention(q, k, v, return_map="dense")
-    assert not out.requires_grad and not p.storage.requires_grad
+    assert not out.requires_grad and not p.storage.requires_grad and p.links is None
     out, p = pk.attention(q.requires_grad_(), k, v, return_map="factored")
-    assert out.requires_grad and not p.lse.requires_grad
+    assert out.requires_grad and p.lse.requires_grad and p.links is not None
 
 
 # --- memory and repeatability ---------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 import psvit_kernels as pk
+from psvit_kernels import registry
 
 OPS = torch.ops.psvit_kernels
 
@@ -34,26 +35,41 @@ def leaf(*shape: int, dtype: torch.dtype = F32) -> Tensor:
 # --- opcheck --------------------------------------------------------------------------------
 
 
-def attention_args(bias: bool, dense: bool, grad: bool = True) -> tuple:
+def attention_args(bias: bool, form: bool | torch.dtype, links: int = 0) -> tuple:
     q, k, v = normal(2, 3, 5, 16), normal(2, 3, 7, 16), normal(2, 3, 7, 24)
     bias = normal(3, 1, 7).expand(2, 3, 5, 7) if bias else None
-    tensors = [t.requires_grad_(grad) for t in (q, k, v)]
-    return (*tensors, bias, 0.25, dense)
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    return (*tensors, bias, 0.25, form, links)
 
 
-def apply_args(index: bool, correction: bool) -> tuple:
+def links() -> list[Tensor]:
+    """As the donor gives them: the log-sum-exp, and stand-ins for an output and for values."""
+    return [leaf(2, 3, 7), leaf(1).expand(2, 7, 3, 16), leaf(1).expand(2, 3, 7, 16)]
+
+
+def apply_args(index: bool, correction: bool, linked: bool = False) -> tuple:
     storage = torch.nn.functional.pad(probabilities(1, 3, 7, 7), (0, 1)).requires_grad_()
+    if linked:
+        storage = storage.detach().repeat(2, 1, 1, 1).requires_grad_()
     head_index = [2, 0, 0, 1] if index else None
     heads = 4 if index else 3
     v = normal(2, 7, heads, 16).transpose(1, 2).requires_grad_()
-    return storage, v, head_index, leaf(heads, 3) if correction else None
+    rest = (head_index, leaf(heads, 3) if correction else None, 0.0, None)
+    return storage, v, *rest, links() if linked else []
 
 
-def factored_args(bias: bool, correction: bool) -> tuple:
+def quantized_args(code: str, linked: bool = False) -> tuple:
+    m = pk.QuantizedMap.from_dense(probabilities(2, 3, 7, 7), code)
+    rest = (None, leaf(3, 3), 0.0, None, links() if linked else [])
+    return m.codes, m.row_scale, leaf(2, 3, 7, 16), *rest
+
+
+def factored_args(bias: bool, correction: bool, linked: bool = False) -> tuple:
     q, k, v = (leaf(2, 3, 7, 16) for _ in range(3))
     lse = torch.logsumexp(q @ k.transpose(-1, -2) / 4, -1).detach()
     bias = normal(7).expand(2, 3, 7, 7) if bias else None
-    return q, k, lse, bias, 0.25, v, None, leaf(3, 3) if correction else None
+    rest = (None, leaf(3, 3) if correction else None, 0.0, None, links() if linked else [])
+    return q, k, lse, bias, 0.25, v, *rest
 
 
 def pool_args(kind: str, norm: bool) -> tuple:
@@ -61,19 +77,41 @@ def pool_args(kind: str, norm: bool) -> tuple:
     norms = (leaf(6), leaf(6)) if norm else (None, None)
     window = ([1, 1], [2, 2], [0, 0]) if kind == "stride" else ([3, 3], [2, 2], [1, 1])
     groups = 6 if kind == "conv" else 1
-    return leaf(2, 21, 6), [4, 5], 1, kind, *window, weight, None, groups, *norms, 1e-6
+    x, residual = leaf(2, 21, 6), leaf(2, 21, 6) if norm else None
+    return x, residual, [4, 5], 1, kind, *window, weight, None, groups, *norms, 1e-6
+
+
+def skip_unless_served(provider: str, op, args: tuple) -> None:
+    name = op.name().removeprefix("psvit_kernels::")
+    reason = registry.PROVIDERS[provider].supports(name, args)
+    if reason is not None:
+        pytest.skip(f'provider "{provider}": {reason}')
 
 
 FORWARD = {
     "attention": (OPS.attention.default, lambda: attention_args(False, False)),
     "attention with a dense map": (OPS.attention.default, lambda: attention_args(False, True)),
     "attention with a bias": (OPS.attention.default, lambda: attention_args(True, True)),
+    "attention with a uint8 map": (
+        OPS.attention_quantized.default,
+        lambda: attention_args(True, torch.uint8),
+    ),
     "apply_dense": (OPS.apply_dense.default, lambda: apply_args(False, False)),
     "apply_dense with everything": (OPS.apply_dense.default, lambda: apply_args(True, True)),
+    "apply_dense with links": (OPS.apply_dense.default, lambda: apply_args(False, True, True)),
+    "apply_quantized": (OPS.apply_quantized.default, lambda: quantized_args("uint8")),
+    "apply_quantized with links": (
+        OPS.apply_quantized.default,
+        lambda: quantized_args("uint8", True),
+    ),
     "apply_factored": (OPS.apply_factored.default, lambda: factored_args(False, False)),
     "apply_factored with everything": (
         OPS.apply_factored.default,
         lambda: factored_args(True, True),
+    ),
+    "apply_factored with links": (
+        OPS.apply_factored.default,
+        lambda: factored_args(True, False, True),
     ),
     "max": (OPS.token_pool.default, lambda: pool_args("max", False)),
     "avg with norm": (OPS.token_pool.default, lambda: pool_args("avg", True)),
@@ -85,18 +123,39 @@ FORWARD = {
 @pytest.mark.parametrize("name", FORWARD)
 def test_opcheck(provider, name):
     op, args = FORWARD[name]
-    torch.library.opcheck(op, args())
+    args = args()
+    skip_unless_served(provider, op, args)
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_opcheck_of_links(provider, dense):
+    """All but the comparison of what is computed: a link is memory that nobody writes or reads."""
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    args = attention_args(True, dense, 2)
+    torch.library.opcheck(OPS.attention.default, args, test_utils=utils)
 
 
 def without_grad(args: tuple) -> tuple:
     return tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
 
 
-def attention_backward_args(dense: bool, bias: bool) -> tuple:
-    q, k, v, b, scale, _ = without_grad(attention_args(bias, dense))
-    _, storage, lse = OPS.attention(q, k, v, b, scale, dense)
-    grad_map = normal(*storage.shape) if dense else None
-    return normal(2, 5, 3, 24), grad_map, q, k, v, b, scale, storage, lse, bias
+def attention_backward_args(dense: bool, everything: bool) -> tuple:
+    q, k, v, bias, scale, *_ = without_grad(attention_args(everything, dense))
+    out, storage, lse, _ = OPS.attention(q, k, v, bias, scale, dense, 0)
+    grad_map = normal(*storage.shape) if everything else None
+    grad_lse = normal(*lse.shape) if everything else None
+    group = [[normal(2, 5, 3, 24)], [normal(2, 3, 7, 24)]] if everything else [[], []]
+    grads = (normal(2, 5, 3, 24), grad_map, grad_lse, *group)
+    return *grads, q, k, v, bias, scale, storage, lse, out, everything
+
+
+def application_backward_args(args: tuple, linked: bool, *more: bool) -> tuple:
+    """Of any form: the gradient, all but the links, and the output."""
+    *args, _ = without_grad(args)
+    heads = next(a.shape[1] for a in reversed(args) if isinstance(a, Tensor) and a.dim() == 4)
+    grad, out = normal(2, 7, heads, 16), normal(2, 7, heads, 16)
+    return grad, *args, linked, *more, out
 
 
 BACKWARD = {
@@ -110,11 +169,23 @@ BACKWARD = {
     ),
     "apply_dense": (
         OPS.apply_dense_backward.default,
-        lambda: (normal(2, 7, 4, 16), *without_grad(apply_args(True, True))),
+        lambda: application_backward_args(apply_args(True, True), False),
+    ),
+    "apply_dense with links": (
+        OPS.apply_dense_backward.default,
+        lambda: application_backward_args(apply_args(False, True, True), True),
+    ),
+    "apply_quantized with links": (
+        OPS.apply_quantized_backward.default,
+        lambda: application_backward_args(quantized_args("uint8"), True),
     ),
     "apply_factored": (
         OPS.apply_factored_backward.default,
-        lambda: (normal(2, 7, 3, 16), *without_grad(factored_args(True, True)), True),
+        lambda: application_backward_args(factored_args(True, True), False, True),
+    ),
+    "apply_factored with links": (
+        OPS.apply_factored_backward.default,
+        lambda: application_backward_args(factored_args(True, False), True, False),
     ),
     "token_pool": (
         OPS.token_pool_backward.default,
@@ -126,7 +197,9 @@ BACKWARD = {
 @pytest.mark.parametrize("name", BACKWARD)
 def test_opcheck_of_backward(provider, name):
     op, args = BACKWARD[name]
-    torch.library.opcheck(op, args(), test_utils=("test_schema", "test_faketensor"))
+    args = args()
+    skip_unless_served(provider, op, args)
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 # --- gradcheck ------------------------------------------------------------------------------
@@ -175,7 +248,9 @@ def test_gradcheck_of_apply_with_respect_to_the_map(doubles, batch):
 @pytest.mark.parametrize("kind", ["max", "avg", "stride", "conv"])
 @pytest.mark.parametrize("norm", [False, True])
 def test_gradcheck_of_token_pool(doubles, kind, norm):
-    case = pool_case(1, (3, 4), 4, dtype=F64, prefix=1, kind=kind, groups=2, bias=True, norm=norm)
+    case = pool_case(
+        1, (3, 4), 4, dtype=F64, prefix=1, kind=kind, groups=2, bias=True, norm=norm, residual=norm
+    )
     names = list(case.tensors)
     tensors = [t.detach().requires_grad_() for t in case.tensors.values()]
 
