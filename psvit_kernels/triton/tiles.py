@@ -28,7 +28,8 @@ def tail(n: int, block: int) -> int:
 @triton.jit
 def keep(seed, rows, columns, n, head, dropout):
     """1 / (1 - dropout) where an element of the map is kept, else 0; head counts over the batch."""
-    words, _, _, _ = tl.philox(seed, rows[:, None] * n + columns[None, :], head, 0, 0)
+    element = rows[:, None] * n + columns[None, :]
+    words, _, _, _ = tl.philox(seed, element, head.to(tl.int32), 0, 0)
     return tl.where(tl.uint_to_uniform_float(words) >= dropout, 1 / (1 - dropout), 0.0)
 
 
@@ -51,3 +52,54 @@ def decode(code, dtype: tl.constexpr):
     else:
         weight = code
     return weight.to(dtype)
+
+
+@triton.jit
+def place(count, heads, BLOCK: tl.constexpr):
+    """Batch, head and first row of this program: the blocks of one head are neighbours, so that
+    what they all read comes from memory once, and from the L2 cache then."""
+    blocks = tl.cdiv(count, BLOCK)
+    head = tl.program_id(0) // blocks
+    return (
+        (head // heads).to(tl.int64),
+        (head % heads).to(tl.int64),
+        tl.program_id(0) % blocks * BLOCK,
+    )
+
+
+@triton.jit
+def load_rows(ptr, stride, rows, end, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of a matrix, (BLOCK, BLOCK_D), zero outside: what a product met there could be NaN."""
+    dims = tl.arange(0, BLOCK_D)
+    pointers = ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    if MASKED:
+        tile = tl.load(pointers, mask=(rows < end)[:, None] & (dims < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        tile = tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def load_map(ptr, stride, units, rows, columns, end, UNIT: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of a stored map, zero outside.
+
+    Strides and widths are in units of UNIT elements, 16 bytes if the storage allows: the compiler
+    then knows that 16 bytes may be loaded at once, also under the mask. Padding is read: it is 0.
+    """
+    pointers = ptr + (rows.to(tl.int64) * stride)[:, None] * UNIT + columns[None, :]
+    inside = (rows < end)[:, None]
+    if MASKED:
+        inside = inside & (columns < units * UNIT)[None, :]
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_tile(ptr, stride_0, stride_1, rows, columns, end_0, end_1, MASKED: tl.constexpr):
+    """(BLOCK_0, BLOCK_1) of any strides, in float32, zero outside; MASKED: columns may be."""
+    offsets = rows.to(tl.int64)[:, None] * stride_0 + columns.to(tl.int64)[None, :] * stride_1
+    inside = (rows < end_0)[:, None]
+    if MASKED:
+        inside = inside & (columns < end_1)[None, :]
+    return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
