@@ -56,7 +56,9 @@ def _drops(dropout: float) -> str | None:
     return "dropout" if dropout else None
 
 
-def _pool_reason(x, grid, prefix, kind, kernel, stride, padding, weight, bias, groups, *norm):
+def _pool_reason(
+    x, residual, grid, prefix, kind, kernel, stride, padding, weight, bias, groups, *norm
+):
     if kind == "conv" and not groups == x.shape[2] == weight.shape[0]:
         return "a convolution that is not depthwise (PyTorch's own serves it)"
     return None
@@ -269,9 +271,13 @@ def _taps_first(weight: Tensor | None) -> Tensor | None:
 
 
 def token_pool(
-    x, grid, prefix, kind, kernel, stride, padding, weight, bias, groups,
+    x, residual, grid, prefix, kind, kernel, stride, padding, weight, bias, groups,
     norm_weight, norm_bias, norm_eps,
 ):  # fmt: skip
+    if residual is not None:
+        pool = (grid, prefix, kind, kernel, stride, padding, weight, bias, groups)
+        pool += (norm_weight, norm_bias, norm_eps)
+        return token_pool(x.float() + residual, None, *pool).to(x.dtype)
     b, _, c = x.shape
     new_grid = pooled_grid(grid, kernel, stride, padding)
     out = x.new_empty(b, prefix + new_grid[0] * new_grid[1], c)
@@ -285,15 +291,21 @@ def token_pool(
 
 
 def token_pool_backward(
-    grad_out, x, grid, prefix, kind, kernel, stride, padding, weight, bias, groups,
+    grad_out, x, residual, grid, prefix, kind, kernel, stride, padding, weight, bias, groups,
     norm_weight, norm_bias, norm_eps,
 ):  # fmt: skip
+    if residual is not None:
+        pool = (grid, prefix, kind, kernel, stride, padding, weight, bias, groups)
+        pool += (norm_weight, norm_bias, norm_eps)
+        dx, *others = token_pool_backward(grad_out.float(), x.float() + residual, None, *pool)
+        return dx.to(x.dtype), *others
     absent = x.new_empty(0)
     dnorm_weight = dnorm_bias = absent
     if norm_weight is not None:
         pooled = token_pool(
-            x, grid, prefix, kind, kernel, stride, padding, weight, bias, groups, None, None, 0.0
-        )
+            x, None, grid, prefix, kind, kernel, stride, padding, weight, bias, groups,
+            None, None, 0.0,
+        )  # fmt: skip
         grad_out, dnw, dnb = norm_backward(
             grad_out.float(), pooled.float(), norm_weight, norm_bias, norm_eps
         )

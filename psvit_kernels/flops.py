@@ -92,8 +92,8 @@ def apply_factored_backward(
 
 @register_flop_formula(_ops.token_pool)
 def token_pool(
-    x: Shape, grid: list[int], prefix: int, kind: str, kernel: list[int], stride: list[int],
-    padding: list[int], weight: Shape | None, *args: Any, **kwargs: Any,
+    x: Shape, residual: Shape | None, grid: list[int], prefix: int, kind: str, kernel: list[int],
+    stride: list[int], padding: list[int], weight: Shape | None, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """A convolution's products; comparisons and averages count nothing."""
     if weight is None:

@@ -19,6 +19,7 @@ def token_pool(
     x: Tensor,
     grid: Sequence[int],
     *,
+    residual: Tensor | None = None,
     prefix: int = 0,
     kind: Literal["max", "avg", "stride", "conv"] = "max",
     kernel: int = 3,
@@ -37,6 +38,8 @@ def token_pool(
     Args:
         x: tokens, `[B, prefix + h w, C]`, unit stride on the last dimension.
         grid: (h, w) for ``dims=2``, (n,) for ``dims=1``.
+        residual: added to x first (prefix tokens too), in the same pass: the sum of a residual
+            branch need not be written. Shape, dtype and device of x.
         prefix: leading tokens (cls, distillation, registers) that pass beside the pool. With
             ``dims=1`` and ``prefix=0`` such tokens are inside the sequence and are pooled.
         kind: "max"; "avg" (padding is left out of the count, so constants stay constant);
@@ -74,6 +77,8 @@ def token_pool(
     checks.not_empty("x", x, 2, "channel")
     _check_grid(x, grid, prefix, dims)
     checks.unit_last_stride("x", x)
+    if residual is not None:
+        _check_residual(residual, x)
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     if kind == "stride":
@@ -92,7 +97,7 @@ def token_pool(
         sizes = (list(grid), [kernel, kernel], [stride, stride], [padding, padding])
     grid2d, kernels, strides, paddings = sizes
     out = torch.ops.psvit_kernels.token_pool(
-        x, grid2d, prefix, kind, kernels, strides, paddings, weight, bias, groups,
+        x, residual, grid2d, prefix, kind, kernels, strides, paddings, weight, bias, groups,
         norm_weight, norm_bias, norm_eps,
     )  # fmt: skip
     return out, new_grid
@@ -111,6 +116,16 @@ def _check_grid(x: Tensor, grid: tuple[int, ...], prefix: int, dims: int) -> Non
             f"grid: got {grid} with prefix {prefix} for x of {x.shape[1]} tokens, "
             f"expected {prefix} + {sizes} = {prefix + cells} tokens"
         )
+
+
+def _check_residual(residual: Tensor, x: Tensor) -> None:
+    checks.is_tensor("residual", residual, 3, "(B, N, C)")
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual: got shape {tuple(residual.shape)}, expected {tuple(x.shape)} as x"
+        )
+    checks.same_kind("residual", residual, "x", x)
+    checks.unit_last_stride("residual", residual)
 
 
 def _new_grid(grid: tuple[int, ...], kernel: int, stride: int, padding: int) -> tuple[int, ...]:
@@ -176,20 +191,20 @@ def _check_norm(
 # --- registration ---------------------------------------------------------------------------
 
 _ARGUMENTS = (
-    "Tensor x, SymInt[] grid, int prefix, str kind, int[] kernel, int[] stride, int[] padding,"
-    " Tensor? weight, Tensor? bias, int groups, Tensor? norm_weight, Tensor? norm_bias,"
-    " float norm_eps"
+    "Tensor x, Tensor? residual, SymInt[] grid, int prefix, str kind, int[] kernel, int[] stride,"
+    " int[] padding, Tensor? weight, Tensor? bias, int groups, Tensor? norm_weight,"
+    " Tensor? norm_bias, float norm_eps"
 )
 
 
-def _fake(x, grid, prefix, kind, kernel, stride, padding, weight, *rest):
+def _fake(x, residual, grid, prefix, kind, kernel, stride, padding, weight, *rest):
     h, w = pooled_grid(grid, kernel, stride, padding)
     width = x.shape[2] if weight is None else weight.shape[0]
     return x.new_empty(x.shape[0], prefix + h * w, width)
 
 
 def _fake_backward(
-    grad_out, x, grid, prefix, kind, kernel, stride, padding, weight, bias, groups,
+    grad_out, x, residual, grid, prefix, kind, kernel, stride, padding, weight, bias, groups,
     norm_weight, norm_bias, norm_eps,
 ):  # fmt: skip
     inputs = (x, weight, bias, norm_weight, norm_bias)
@@ -197,18 +212,22 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output):
-    x, *ctx.window, weight, bias, ctx.groups, norm_weight, norm_bias, ctx.norm_eps = inputs
-    ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias)
+    x, residual, *ctx.window, weight, bias, ctx.groups, norm_weight, norm_bias, eps = inputs
+    ctx.norm_eps = eps
+    ctx.save_for_backward(x, residual, weight, bias, norm_weight, norm_bias)
 
 
 def _backward(ctx, grad_out):
-    x, weight, bias, norm_weight, norm_bias = ctx.saved_tensors
+    x, residual, weight, bias, norm_weight, norm_bias = ctx.saved_tensors
     grads = torch.ops.psvit_kernels.token_pool_backward(
-        grad_out, x, *ctx.window, weight, bias, ctx.groups, norm_weight, norm_bias, ctx.norm_eps
-    )
+        grad_out, x, residual, *ctx.window, weight, bias, ctx.groups, norm_weight, norm_bias,
+        ctx.norm_eps,
+    )  # fmt: skip
     given = (x, weight, bias, norm_weight, norm_bias)
     dx, dw, db, dnw, dnb = (None if t is None else g for t, g in zip(given, grads, strict=True))
-    return dx, *[None] * len(ctx.window), dw, db, None, dnw, dnb, None
+    # A sum's gradient is that of each of its terms: one tensor, written once.
+    dresidual = None if residual is None else dx
+    return dx, dresidual, *[None] * len(ctx.window), dw, db, None, dnw, dnb, None
 
 
 register(

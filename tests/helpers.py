@@ -516,7 +516,7 @@ class PoolCase(NamedTuple):
     grid: tuple[int, ...]
     grad_out: Tensor
     options: dict
-    tensors: dict[str, Tensor]  # weight, bias, norm_weight, norm_bias where given
+    tensors: dict[str, Tensor]  # residual, weight, bias, norm_weight, norm_bias where given
 
     def __repr__(self) -> str:
         return described(self)
@@ -544,6 +544,7 @@ def pool_case(
     groups: int = 1,
     bias: bool = False,
     norm: bool = False,
+    residual: bool = False,
 ) -> PoolCase:
     """A case with random tensors; ``parameters`` is the dtype of weights, x's if None."""
     grid = tuple(grid)
@@ -551,6 +552,8 @@ def pool_case(
     options = dict(prefix=prefix, kind=kind, kernel=kernel, stride=stride, padding=padding)
     options |= dict(groups=groups, dims=len(grid))
     tensors = {}
+    if residual:
+        tensors["residual"] = normal(b, prefix + math.prod(grid), channels, dtype=dtype)
     if kind == "conv":
         width = channels if width is None else width
         shape = (width, channels // groups, *[kernel] * len(grid))
@@ -568,10 +571,12 @@ def pool_case(
 
 
 def eager_pool(
-    x, grid, *, prefix, kind, kernel, stride, padding, groups, dims, weight=None, bias=None,
-    norm_weight=None, norm_bias=None, norm_eps=1e-6,
+    x, grid, *, prefix, kind, kernel, stride, padding, groups, dims, residual=None, weight=None,
+    bias=None, norm_weight=None, norm_bias=None, norm_eps=1e-6,
 ):  # fmt: skip
     """What a person writes without this package: to images, pool, back, cat, LayerNorm."""
+    if residual is not None:
+        x = x + residual
     if dims == 1:
         grid, kernel, stride, padding = (1, *grid), (1, kernel), (1, stride), (0, padding)
         weight = None if weight is None else weight.unsqueeze(2)
@@ -636,7 +641,8 @@ def _pool_magnitudes(absolute: PoolCase, signed: PoolCase) -> Results:
     """The window's own; which token wins a maximum depends on the signed values."""
     if absolute.options["kind"] != "max":
         return pool_results(absolute, eager_pool)
-    found = pool_results(signed._replace(grad_out=absolute.grad_out, tensors={}), eager_pool)
+    tensors = {name: t for name, t in signed.tensors.items() if name == "residual"}
+    found = pool_results(signed._replace(grad_out=absolute.grad_out, tensors=tensors), eager_pool)
     return {name: t.abs() for name, t in found.items()}
 
 

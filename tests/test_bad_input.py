@@ -503,6 +503,36 @@ POOL = [
         'weight, bias: got tensors for kind "avg", expected them for "conv"',
     ),
     (
+        lambda: pool(residual=1.0),
+        TypeError,
+        "residual: got float, expected a Tensor of shape (B, N, C)",
+    ),
+    (
+        lambda: pool(residual=t(20, 6)),
+        ValueError,
+        "residual: got shape (20, 6), expected (B, N, C)",
+    ),
+    (
+        lambda: pool(residual=t(1, 20, 6)),
+        ValueError,
+        "residual: got shape (1, 20, 6), expected (2, 20, 6) as x",
+    ),
+    (
+        lambda: pool(residual=t(2, 20, 6, dtype=BF16)),
+        TypeError,
+        "residual: got dtype torch.bfloat16, expected torch.float32 as x",
+    ),
+    (
+        lambda: pool(residual=t(2, 20, 6, device="meta")),
+        ValueError,
+        "residual: is on device meta, expected cpu as x",
+    ),
+    (
+        lambda: pool(residual=strided(2, 20, 6)),
+        ValueError,
+        "residual: got stride 2 on the last dimension, expected 1; call .contiguous() on it",
+    ),
+    (
         lambda: conv(groups=4),
         ValueError,
         "groups: got 4, expected a divisor of the 6 channels of x",

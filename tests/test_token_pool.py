@@ -43,9 +43,13 @@ def fits(grid, kernel, padding) -> bool:
 
 @pytest.mark.parametrize("kind", ["max", "avg", "stride", "conv"])
 @pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("grid", [(5, 6), (11,)], ids=str)
-def test_reference_equals_pytorch_in_float64(kind, norm, grid):
-    case = pool_case(2, grid, 6, dtype=F64, prefix=1, kind=kind, norm=norm, bias=True, groups=3)
+def test_reference_equals_pytorch_in_float64(kind, norm, residual, grid):
+    case = pool_case(
+        2, grid, 6, dtype=F64, prefix=1, kind=kind, norm=norm, residual=residual, bias=True,
+        groups=3,
+    )  # fmt: skip
     with pk.use("reference"):
         got = pool_results(case)
     want = pool_results(case, eager_pool)
@@ -159,6 +163,27 @@ def test_convolution_to_as_many_channels_keeps_prefix_tokens(provider):
     case = pool_case(2, (5, 5), 8, kind="conv", groups=8, prefix=2, bias=True)
     out, _ = pk.token_pool(case.x, case.grid, **case.options, **case.tensors)
     assert torch.equal(out[:, :2], case.x[:, :2])
+
+
+@pytest.mark.parametrize("kind", ["max", "avg", "stride", "conv"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_residual_is_added_before_the_pool(backend, kind, norm):
+    case = pool_case(
+        2, (7, 5), 40, dtype=backend.dtype, prefix=2, kind=kind, groups=40, norm=norm, residual=True
+    )
+    got = check_pool(case)
+    assert torch.equal(got["dx"], got["dresidual"])
+    if not norm:
+        assert torch.equal(got["out"][:, :2], (case.x + case.tensors["residual"])[:, :2])
+
+
+def test_gradient_of_the_residual_alone(provider):
+    case = pool_case(2, (5, 6), 12, norm=True, residual=True)
+    want = pool_results(case)["dresidual"]
+    residual = case.tensors.pop("residual").requires_grad_()
+    out, _ = pk.token_pool(case.x, case.grid, **case.options, **case.tensors, residual=residual)
+    (got,) = torch.autograd.grad(out, residual, case.grad_out)
+    assert torch.equal(got, want)
 
 
 def test_norm_without_a_bias_meets_the_bar(backend):
@@ -296,6 +321,15 @@ def test_strided_inputs_give_the_bits_of_contiguous_ones(cpu_provider, kind):
     case = pool_case(2, (5, 6), 40, prefix=1, kind=kind, groups=40, bias=True, norm=True)
     views = case._replace(x=guarded(case.x, 1, (2, 3, 0)))
     assert_same_bits(pool_results(case), pool_results(views))
+
+
+@pytest.mark.parametrize("kind", ["max", "avg", "conv"])
+def test_strided_residuals_meet_the_bar(backend, kind):
+    case = pool_case(
+        2, (5, 6), 21, dtype=backend.dtype, prefix=1, kind=kind, groups=21, norm=True, residual=True
+    )
+    for residual in strided_tokens(case.tensors["residual"]).values():
+        check_pool(case._replace(tensors=case.tensors | {"residual": residual}))
 
 
 def test_strided_weights_meet_the_bar(backend):
