@@ -51,36 +51,28 @@ def provider_left_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_forced", registry.forced())
 
 
-# One thread in these: sizes are small, and on a busy machine threads wait for each other.
-# What more threads change (not a bit) has its own tests.
-
-
 @pytest.fixture(params=list(registry.PROVIDERS))
 def provider(request: pytest.FixtureRequest):
     """The test runs once for each provider, which is forced, so that nothing falls back."""
-    helpers.skip_unless_available(request.param)
-    with registry.use(request.param), helpers.threads(1):
+    with helpers.serving(request.param):
         yield request.param
 
 
 @pytest.fixture
 def cpu_provider():
-    helpers.skip_unless_available("cpu")
-    with registry.use("cpu"), helpers.threads(1):
+    with helpers.serving("cpu"):
         yield "cpu"
 
 
 @pytest.fixture(params=helpers.BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest):
     """Each provider with each dtype that it serves."""
-    helpers.skip_unless_available(request.param.provider, request.param.device)
-    with registry.use(request.param.provider), helpers.threads(1):
+    with helpers.serving(request.param.provider, request.param.dtype):
         yield request.param
 
 
 @pytest.fixture(params=[b for b in helpers.BACKENDS if b.provider != "reference"], ids=str)
 def kernel(request: pytest.FixtureRequest):
     """Each provider but the reference, for sweeps: the reference is made of PyTorch's own parts."""
-    helpers.skip_unless_available(request.param.provider, request.param.device)
-    with registry.use(request.param.provider), helpers.threads(1):
+    with helpers.serving(request.param.provider, request.param.dtype):
         yield request.param

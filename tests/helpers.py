@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import pytest
@@ -35,6 +35,7 @@ from torch import Tensor
 
 import psvit_kernels as pk
 from psvit_kernels import registry
+from psvit_kernels.triton import interpreting
 
 FLOOR = 2.0
 
@@ -54,23 +55,45 @@ class Backend(NamedTuple):
         return "-".join(parts if self.device == "cpu" else [*parts, self.device])
 
 
+#: Triton's kernels run on a GPU, or in its interpreter on CPU tensors (not in bfloat16).
+TRITON_DEVICE = "cpu" if interpreting() else "cuda"
+
 #: Float64 through the reference is the oracle itself: it is held against PyTorch's own functions.
 BACKENDS = [Backend("cpu", F32), Backend("cpu", BF16), Backend("reference", F32)]
 BACKENDS += [Backend("reference", BF16), Backend("reference", F16)]
+BACKENDS += [Backend("triton", dtype, TRITON_DEVICE) for dtype in (F32, F16, BF16)]
 
 
-def unavailable(provider: str) -> str | None:
-    """Why a provider serves nothing at all here, or None."""
-    x = torch.zeros(1, 1, 1, 16)
+def device_of(provider: str) -> str:
+    return TRITON_DEVICE if provider == "triton" else "cpu"
+
+
+def unavailable(provider: str, dtype: torch.dtype = F32) -> str | None:
+    """Why a provider serves no call of this dtype here, or None."""
+    missing = registry.PROVIDERS[provider].missing()
+    if missing is not None:
+        return missing
+    x = torch.zeros(1, 1, 1, 16, dtype=dtype, device=device_of(provider))
     return registry.PROVIDERS[provider].supports("attention", (x, x, x, None, 1.0, True))
 
 
-def skip_unless_available(provider: str, device: str = "cpu") -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    reason = unavailable(provider)
+def skip_unless_available(provider: str, dtype: torch.dtype = F32) -> None:
+    reason = unavailable(provider, dtype)
     if reason is not None:
         pytest.skip(f'provider "{provider}": {reason}')
+
+
+@contextmanager
+def serving(provider: str, dtype: torch.dtype = F32) -> Iterator[None]:
+    """Forces a provider, so that nothing falls back; new tensors are made where it serves.
+
+    One CPU thread: sizes are small, and on a busy machine threads wait for each other. What more
+    threads change (not a bit) has its own tests.
+    """
+    skip_unless_available(provider, dtype)
+    place = nullcontext() if device_of(provider) == "cpu" else torch.device(device_of(provider))
+    with registry.use(provider), threads(1), place:
+        yield
 
 
 @contextmanager
@@ -184,8 +207,8 @@ def bits(t: Tensor) -> Tensor:
 # --- inputs ---------------------------------------------------------------------------------
 
 
-def normal(*shape: int, dtype: torch.dtype = F32, device: str = "cpu") -> Tensor:
-    return torch.randn(*shape, dtype=F32).to(device=device, dtype=dtype)
+def normal(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(*shape, dtype=F32).to(dtype)
 
 
 def probabilities(*shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -275,7 +298,7 @@ class AttentionCase(NamedTuple):
         return 1 / math.sqrt(self.q.shape[-1]) if self.scale is None else self.scale
 
 
-def eager_attention(q, k, v, *, scale=None, bias=None, return_map=None):
+def eager_attention(q, k, v, *, scale=None, bias=None, return_map=None, reuses=0):
     """What a person writes without this package."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = (q @ k.transpose(-1, -2)) * scale
@@ -423,6 +446,7 @@ class GroupCase(NamedTuple):
     form: str
     grad_map: Tensor | None = None
     head_index: Sequence[int] | None = None
+    reuses: int = 2
 
     def __repr__(self) -> str:
         return described(self)
@@ -464,7 +488,8 @@ def group_results(
 ) -> Results:
     """Outputs of one ``A`` and its ``S`` layers, and the gradients of every tensor."""
     t = {name: leaf(value) for name, value in case.tensors.items()}
-    out, p = attention(t["q"], t["k"], t["v"], bias=t.get("bias"), return_map=case.form)
+    options = {"bias": t.get("bias"), "return_map": case.form, "reuses": case.reuses}
+    out, p = attention(t["q"], t["k"], t["v"], **options)
     sharing = [name for name in t if name.startswith("v") and name != "v"]
     outs = [out] + [apply(p, t[name], head_index=case.head_index) for name in sharing]
     results = {f"out{i}": o for i, o in enumerate(outs)}

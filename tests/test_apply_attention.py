@@ -293,6 +293,14 @@ def test_group_of_layers_meets_the_bar(backend, form, shape):
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
+@pytest.mark.parametrize("sharing, reuses", [(1, 0), (2, 1), (1, 3), (5, 5), (7, 6)])
+def test_group_meets_the_bar_whatever_number_of_reuses_was_told(backend, form, sharing, reuses):
+    """Gradients come back by links as far as those go, then by way of one of the map's size."""
+    case = group_case(2, 2, 21, 32, backend.dtype, form, sharing=sharing)
+    check_group(case._replace(reuses=reuses))
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
 def test_group_with_mixed_heads_meets_the_bar(backend, form):
     case = group_case(2, 3, 21, 32, backend.dtype, form)
     check_group(case._replace(head_index=[2, 0, 2]))
