@@ -15,7 +15,8 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, reference, triton
+from . import cpu, reference
+from .triton import provider as triton
 
 PROVIDERS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
 
