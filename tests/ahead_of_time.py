@@ -80,7 +80,8 @@ def _launch(kernel: Any, arguments: dict[str, Any], config: triton.Config) -> La
             arguments[name] = value(arguments)
         kernel = kernel.fn
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return Launch(kernel, arguments, options, f"{kernel.__name__}: {config}")
+    name = f"{kernel.__name__} {config.kwargs | options}"
+    return Launch(kernel, arguments, options, name)
 
 
 def compiled(one: Launch, target: GPUTarget) -> Compiled:

@@ -43,12 +43,24 @@ def jobs(request: pytest.FixtureRequest):
 @pytest.mark.parametrize("case", aot.CASES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_within_the_limits_of_the_chip(jobs, case, architecture):
+    """No spills, no more shared memory than there is, products on the tensor cores."""
+    if architecture < 89 and "e4m3" in case:
+        pytest.skip("e4m3 needs compute capability 8.9; the provider refuses it below")
     results = jobs[case, architecture].result()
     assert results
-    for one in results:
-        what = f"{one.name} for sm_{architecture}: {one.registers} registers"
-        assert one.stack == 0, f"{what}: {one.stack} bytes of spills"
-        assert one.shared <= aot.SHARED[architecture], f"{what}: {one.shared} bytes shared"
-        exact = "float32" in case
-        if not exact and not any(part in one.name for part in NO_PRODUCT):
-            assert TENSOR_CORES[architecture] in one.assembly, f"{what}: no tensor cores"
+    wrong = [text for one in results for text in faults(one, architecture, "float32" in case)]
+    if wrong:
+        pytest.fail("\n".join(wrong), pytrace=False)
+
+
+def faults(one: aot.Compiled, architecture: int, exact: bool) -> list[str]:
+    what = f"sm_{architecture}, {one.registers} registers, {one.name}"
+    found = []
+    if one.stack:
+        found.append(f"{what}: {one.stack} bytes of spills")
+    if one.shared > aot.SHARED[architecture]:
+        found.append(f"{what}: {one.shared} bytes of shared memory")
+    product = not exact and not any(part in one.name for part in NO_PRODUCT)
+    if product and TENSOR_CORES[architecture] not in one.assembly:
+        found.append(f"{what}: no {TENSOR_CORES[architecture]}")
+    return found
