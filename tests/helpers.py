@@ -512,7 +512,7 @@ def group_magnitudes(case: GroupCase) -> Results:
     found = {}
     for i, (name, g) in enumerate(zip([n for n in t if n[0] == "v"], case.grads, strict=True)):
         index = range(p.shape[1]) if name == "v" else case.head_index or range(p.shape[1])
-        index = torch.tensor(list(index))
+        index = torch.tensor(list(index), device=p.device)
         g, v = g.abs(), t[name].abs()
         found[f"out{i}"] = p[:, index] @ v
         found[f"d{name}"] = p[:, index].transpose(-1, -2) @ g
