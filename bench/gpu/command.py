@@ -32,7 +32,7 @@ STUCK = 150.0
 #: Processes that may end before they have begun a case.
 FALSE_STARTS = 2
 
-WIDTH = 180
+WIDTH = 160
 
 EPILOG = """exit code: 0; 1 if a row was wrong or ended in an error, so that it has no speed;
 2 without a CUDA device or on bad input"""

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -149,7 +148,7 @@ def failed(data: Record) -> bool:
 
 COLUMNS = (
     "row", "captured us", "wall us", "fastest other", "speed-up", "p20 to p80", "% copy",
-    "% matrix", "error", "x eager's", "peak MB", "bars",
+    "% matrix", "error", "x eager's", "peak MB",
 )  # fmt: skip
 
 
@@ -169,7 +168,6 @@ def fields(line: Line) -> list[str]:
         f"{error['psvit']:.1e}",
         f"{error['psvit'] / error['eager']:.2f}" if error["eager"] else "exact",
         f"{peak / 1e6:.1f}" if isinstance(peak, int) else "",
-        "; ".join(map(str, line.verdicts)),
     ]
 
 
@@ -202,27 +200,33 @@ def machine_text(data: Record) -> str:
 
 
 def show(data: Record, console: Console, cases: Sequence[Case] = CASES) -> None:
-    """The table, what failed and why, and how many bars were reached."""
+    """The table, its bars, what failed and why, and what ran beside it."""
     found = lines(data, cases)
     with console.capture() as drawn:
         console.print(_table(found), highlight=False)
     table = (text.rstrip() for text in drawn.get().splitlines())
-    rest = [*_reasons(found), *_baseline_times(found), *_forms(found), summary(found)]
-    for text in (machine_text(data), *table, *rest):
+    rest = [*_reasons(found), *_baseline_times(found), *_forms(found), *_bars(found)]
+    for text in (machine_text(data), *table, "", *rest, summary(found)):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(found: Sequence[Line]) -> Table:
-    table = Table(box=SIMPLE, padding=(0, 1), pad_edge=False)
-    for place, name in enumerate(COLUMNS):
-        last = place == len(COLUMNS) - 1
-        table.add_column(name, justify="left" if place == 0 or last else "right", no_wrap=not last)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in COLUMNS:
+        justify: Any = "left" if name == "row" else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
     for line in found:
         if line.measured:
             table.add_row(*fields(line))
         else:
             table.add_row(line.title, line.status)
     return table
+
+
+def _bars(found: Sequence[Line]) -> Iterator[str]:
+    for line in found:
+        if line.measured and line.verdicts:
+            yield f"{line.title}: {'; '.join(map(str, line.verdicts))}"
 
 
 def _reasons(found: Sequence[Line]) -> Iterator[str]:
@@ -246,8 +250,8 @@ def _baseline_times(found: Sequence[Line]) -> Iterator[str]:
 def _forms(found: Sequence[Line]) -> Iterator[str]:
     """Which form of the map the cost model picks."""
     for name, line in _by_case(found).items():
-        picked = line.record.get("automatic")
-        if picked and "reason" not in picked:
+        picked = line.record.get("automatic", {}).get("picked")
+        if picked:
             picks = ", ".join(f"{form} for {reuses}" for reuses, form in picked.items())
             yield f"{name}: automatic form, by reuses: {picks}"
 

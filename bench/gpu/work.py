@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from psvit_kernels import (
     QuantizedMap,
     apply_attention,
     attention,
+    explain,
     token_pool,
     use,
 )
@@ -65,7 +67,7 @@ class Work:
 
     subjects: Mapping[str, Callable[[], Subject]]
     baselines: Mapping[str, Callable[[], Contender]]
-    automatic: Callable[[], dict[str, str]] | None = None
+    automatic: Callable[[], dict[str, Any]] | None = None
 
 
 def build(case: Case, sets: int, device: str) -> Work:
@@ -217,13 +219,14 @@ def _attention_magnitudes(qkv: QKV) -> gate.Results:
         return helpers.attention_magnitudes(helpers.AttentionCase(*qkv, torch.zeros_like(qkv[2])))
 
 
-def _automatic(q: Tensor, k: Tensor, v: Tensor) -> dict[str, str]:
-    """The form that the cost model picks, by the number of layers that will apply the map."""
-    found = {}
+def _automatic(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """The form that the cost model picks, by how many layers will apply the map, and why."""
+    picked = {}
     for reuses in (1, 2, 5):
         stored = attention(q, k, v, return_map="auto", reuses=reuses)[1]  # type: ignore[arg-type]
-        found[str(reuses)] = _form(stored)
-    return found
+        picked[str(reuses)] = _form(stored)
+    explained = explain(tuple(q.shape), 2, dtype=q.dtype, device=q.device)
+    return {"picked": picked, "explained": explained.splitlines()}
 
 
 def _form(stored: AttentionMap | None) -> str:
