@@ -32,6 +32,29 @@ from .tiles import (
 
 
 @triton.jit
+def _donor(donors_ptr, head):
+    """The head of the map that a head of V uses."""
+    donor = head
+    if donors_ptr is not None:
+        donor = tl.load(donors_ptr + head).to(tl.int64)
+    return donor
+
+
+@triton.jit
+def _add(
+    acc, sums, p, v, seed_ptr, head, rows, columns, n, dropout,
+    CORRECTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of P times its rows of V, and their sums where the correction needs them."""
+    if seed_ptr is not None:
+        p *= keep(tl.load(seed_ptr), rows, columns, n, head, dropout)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    if CORRECTED:
+        sums += tl.sum(v.to(tl.float32), 0)
+    return acc, sums
+
+
+@triton.jit
 def _store(
     acc, sums, out_ptr, v_ptr, v_stride_n, correction_ptr, batch, head, rows, heads, m, n,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -49,19 +72,10 @@ def _store(
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _donor(donors_ptr, head):
-    """The head of the map that a head of V uses."""
-    donor = head
-    if donors_ptr is not None:
-        donor = tl.load(donors_ptr + head).to(tl.int64)
-    return donor
-
-
 # --- stored maps ------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "n", "heads", "units"])
 def _apply_stored_kernel(
     out_ptr, map_ptr, row_scale_ptr, v_ptr, donors_ptr, correction_ptr, seed_ptr,
     m, n, heads, units, dropout,
@@ -71,7 +85,7 @@ def _apply_stored_kernel(
     UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One loop with masks: they cost no bytes, and every load is asynchronous, the last too."""
+    """No tail apart from the loop: masks fetch nothing, and all loads are ahead of their use."""
     batch, head, start_m = place(m, heads, BLOCK_M)
     donor = _donor(donors_ptr, head)
     rows = start_m + tl.arange(0, BLOCK_M)
@@ -81,15 +95,13 @@ def _apply_stored_kernel(
     sums = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        stored = load_map(map_ptr, map_stride_m, units, rows, columns, m, UNIT, True)
+        stored = load_map(map_ptr, map_stride_m, units, rows, columns, m, UNIT)
         v = load_rows(v_ptr, v_stride_n, columns, n, D, BLOCK_D, True)  # (BLOCK_N, BLOCK_D)
         p = decode(stored, v.dtype)  # (BLOCK_M, BLOCK_N)
-        if seed_ptr is not None:
-            seed = tl.load(seed_ptr)
-            p *= keep(seed, rows, columns, n, batch * heads + head, dropout)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        if correction_ptr is not None:
-            sums += tl.sum(v.to(tl.float32), 0)
+        acc, sums = _add(
+            acc, sums, p, v, seed_ptr, batch * heads + head, rows, columns, n, dropout,
+            correction_ptr is not None, PRECISION,
+        )  # fmt: skip
     if row_scale_ptr is not None:
         row_scale_ptr += batch * row_scale_stride_b + donor * row_scale_stride_h
         row_scale = tl.load(row_scale_ptr + rows * row_scale_stride_m, mask=rows < m, other=0.0)
@@ -232,9 +244,8 @@ def _apply_factored_kernel(
     full = n // BLOCK_N * BLOCK_N
     # The loop over the tail is there once at most; full tiles have no mask of columns.
     for last in tl.static_range(2 if TAIL else 1):
-        width: tl.constexpr = TAIL if last else BLOCK_N
-        for start in range(full if last else 0, n if last else full, width):
-            columns = start + tl.arange(0, width)
+        for start in range(full if last else 0, n if last else full, BLOCK_N):
+            columns = start + tl.arange(0, TAIL if last else BLOCK_N)
             k = load_rows(k_ptr, k_stride_n, columns, n, QK, BLOCK_QK, last)  # (width, BLOCK_QK)
             v = load_rows(v_ptr, v_stride_n, columns, n, D, BLOCK_D, last)  # (width, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - lse[:, None]
@@ -244,12 +255,10 @@ def _apply_factored_kernel(
             p = tl.exp2(s)  # (BLOCK_M, width)
             if last:
                 p = tl.where((columns < n)[None, :], p, 0.0)
-            if seed_ptr is not None:
-                seed = tl.load(seed_ptr)
-                p *= keep(seed, rows, columns, n, batch * heads + head, dropout)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-            if correction_ptr is not None:
-                sums += tl.sum(v.to(tl.float32), 0)
+            acc, sums = _add(
+                acc, sums, p, v, seed_ptr, batch * heads + head, rows, columns, n, dropout,
+                correction_ptr is not None, PRECISION,
+            )  # fmt: skip
     _store(
         acc, sums, out_ptr, v_ptr, v_stride_n, correction_ptr, batch, head, rows, heads, m, n,
         D, BLOCK_D,

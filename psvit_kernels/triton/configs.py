@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from triton import Config
 
+from .tiles import padded
+
 # --- attention ------------------------------------------------------------------------------
 
 
@@ -29,17 +31,41 @@ def attention_stream(dtype: torch.dtype, d: int) -> list[Config]:
     ]
 
 
+# --- attention, backward --------------------------------------------------------------------
+
+
+def attention_delta(dtype: torch.dtype) -> list[Config]:
+    return [Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=1)]
+
+
+def attention_backward(dtype: torch.dtype, d: int, pairs: int) -> list[Config]:
+    if dtype == torch.float32:
+        return [Config({"BLOCK_OWN": 32, "BLOCK": 32}, num_warps=4, num_stages=1)]
+    return [Config({"BLOCK_OWN": 64, "BLOCK": 64}, num_warps=4, num_stages=2)]
+
+
 # --- apply_attention ------------------------------------------------------------------------
 
 
 def apply_stored(dtype: torch.dtype, itemsize: int) -> list[Config]:
-    """Many rows a block, so that V is fetched from the L2 cache seldom."""
+    """Many rows a block, so that V is fetched from the L2 cache seldom; small enough for at least
+    two programs at a time on a multiprocessor, so that one reads while another starts or ends.
+
+    With 700 ns of latency, 4 TB/s take 22 KB of the map on their way to each multiprocessor of an
+    H200. The first below has 3 programs x 3 stages x 16 KB there (8 KB with one byte an element).
+    """
     if dtype == torch.float32:
         return [Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=3)]
+    if itemsize == 1:
+        return [
+            Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+            Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3),
+            Config({"BLOCK_M": 256, "BLOCK_N": 64}, num_warps=8, num_stages=3),
+        ]
     return [
         Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-        Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3),
-        Config({"BLOCK_M": 256, "BLOCK_N": 64}, num_warps=8, num_stages=3),
+        Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=2),
+        Config({"BLOCK_M": 256, "BLOCK_N": 64}, num_warps=8, num_stages=2),
         Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=4),
     ]
 
@@ -51,4 +77,53 @@ def apply_factored(dtype: torch.dtype, d: int) -> list[Config]:
         Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3),
         Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
         Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=2),
+    ]
+
+
+# --- token_pool -----------------------------------------------------------------------------
+
+
+def pool(dtype: torch.dtype) -> list[Config]:
+    """Lines of 128 bytes; 8 to 32 elements a thread, times the taps of a window in flight."""
+    wide = 256 // dtype.itemsize
+    return [
+        Config({"BLOCK_T": 16, "BLOCK_C": wide // 2}, num_warps=4, num_stages=1),
+        Config({"BLOCK_T": 32, "BLOCK_C": wide // 2}, num_warps=4, num_stages=1),
+        Config({"BLOCK_T": 8, "BLOCK_C": wide}, num_warps=4, num_stages=1),
+        Config({"BLOCK_T": 64, "BLOCK_C": wide // 2}, num_warps=8, num_stages=1),
+    ]
+
+
+def pool_norm(channels: int) -> list[Config]:
+    """Whole rows, 16 elements a thread where the rows aren't longer; more rows share more halo."""
+    block = padded(channels)
+    return [
+        Config({"BLOCK_T": max(1, size // block), "BLOCK_C": block}, num_warps=warps, num_stages=1)
+        for size, warps in ((4096, 8), (8192, 8), (8192, 16), (2048, 4))
+    ]
+
+
+def pool_norm_backward(channels: int) -> list[Config]:
+    """As ``pool_norm``, but one: its block says how many programs there are, and what they sum."""
+    return pool_norm(channels)[:1]
+
+
+def pool_weight(dtype: torch.dtype) -> list[Config]:
+    """32 sums a thread, and as many elements of x in flight."""
+    return [Config({"BLOCK_T": 4, "BLOCK_C": 128 // dtype.itemsize}, num_warps=4, num_stages=1)]
+
+
+def convolution(dtype: torch.dtype, outer: int, inner: int) -> list[Config]:
+    """Square tiles for the tensor cores; narrow ones for narrow groups."""
+    if dtype == torch.float32:
+        sizes = [(64, 64, 32, 4, 3)]
+    else:
+        sizes = [(128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4)]
+    return [
+        Config(
+            {"BLOCK_M": m, "BLOCK_N": min(n, outer), "BLOCK_K": min(k, inner)},
+            num_warps=warps,
+            num_stages=stages,
+        )
+        for m, n, k, warps, stages in sizes
     ]

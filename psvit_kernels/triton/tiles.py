@@ -34,13 +34,23 @@ def keep(seed, rows, columns, n, head, dropout):
 
 
 @triton.jit
-def encode(e, dtype: tl.constexpr):
-    """The 8-bit code of probabilities relative to the largest of their row: see ``codes.py``."""
+def encode(root, dtype: tl.constexpr):
+    """The 8-bit codes of e = root^2 (``codes.py``), and the weights that they stand for.
+
+    From the root, because exp2(x / 2) costs what exp2(x) does, and a square root as much again. So
+    does a conversion between float and integer: 2^23 is added instead, where a float has no bits
+    left below the point, and its low bits are the code.
+    """
     if dtype == tl.uint8:
-        code = (tl.sqrt(e) * 255 + 0.5).to(tl.int32).to(tl.uint8)
+        # A fused multiply-add leaves the largest score of a row a little above its maximum.
+        shifted = tl.minimum(root, 1.0) * 255 + 8388608.0
+        code = shifted.to(tl.int32, bitcast=True).to(tl.uint8)
+        half = (shifted - 8388608.0) * (1 / 256)
+        weight = half * half
     else:
-        code = (e * 256).to(dtype)
-    return code
+        code = (root * root * 256).to(dtype)
+        weight = code.to(tl.float32)
+    return code, weight
 
 
 @triton.jit
@@ -82,16 +92,14 @@ def load_rows(ptr, stride, rows, end, D: tl.constexpr, BLOCK_D: tl.constexpr, MA
 
 
 @triton.jit
-def load_map(ptr, stride, units, rows, columns, end, UNIT: tl.constexpr, MASKED: tl.constexpr):
+def load_map(ptr, stride, units, rows, columns, end, UNIT: tl.constexpr):
     """A tile of a stored map, zero outside.
 
     Strides and widths are in units of UNIT elements, 16 bytes if the storage allows: the compiler
     then knows that 16 bytes may be loaded at once, also under the mask. Padding is read: it is 0.
     """
     pointers = ptr + (rows.to(tl.int64) * stride)[:, None] * UNIT + columns[None, :]
-    inside = (rows < end)[:, None]
-    if MASKED:
-        inside = inside & (columns < units * UNIT)[None, :]
+    inside = (rows < end)[:, None] & (columns < units * UNIT)[None, :]
     return tl.load(pointers, mask=inside, other=0.0)
 
 
