@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psvit_kernels import AttentionMap, DenseMap, apply_attention, attention
+from psvit_kernels import AttentionMap, apply_attention, attention
 
 from .host import adopt, hand_back
 
@@ -21,10 +20,12 @@ class MapSlot:
 
     Args:
         record: called with each layer's `(B, H, N, N)` probabilities, if somebody wants them.
+        reuses: how many layers apply the map after the one that computes it.
     """
 
-    def __init__(self, record: Callable[[Tensor], object] | None = None) -> None:
+    def __init__(self, record: Callable[[Tensor], object] | None = None, reuses: int = 0) -> None:
         self.map: AttentionMap | None = None
+        self.reuses = reuses
         self.record = record
 
 
@@ -73,14 +74,18 @@ class Attention(nn.Module):
         p = self.attention_dropout if self.training else 0.0
         if self.shares:
             attn_map: AttentionMap | None = self._shared_map(slot)
-            out = _apply(attn_map, self.project_values(x), p)
+            out = apply_attention(attn_map, self.project_values(x), dropout=p)
         else:
             q, k, v = self.project(x)
             form: Literal["dense"] | None = None if slot is None and not p else "dense"
+            reuses = 0 if slot is None else slot.reuses
             bias = None if bias is None else bias.to(q.dtype)
-            out, attn_map = attention(q, k, v, scale=self.scale, bias=bias, return_map=form)
+            out, attn_map = attention(
+                q, k, v, scale=self.scale, bias=bias, return_map=form, reuses=reuses
+            )
             if p:
-                out = _apply(attn_map, v, p)
+                assert attn_map is not None
+                out = apply_attention(attn_map, v, dropout=p)
         if slot is not None:
             slot.map = attn_map
             if slot.record is not None and attn_map is not None:
@@ -143,14 +148,6 @@ class Attention(nn.Module):
                 f"to checkpoint it layer by layer, pass use_reentrant=False"
             )
         return slot.map
-
-
-def _apply(attn_map: AttentionMap | None, v: Tensor, p: float) -> Tensor:
-    assert attn_map is not None
-    if p:
-        assert isinstance(attn_map, DenseMap)
-        attn_map = DenseMap(F.dropout(attn_map.storage, p), attn_map.n)
-    return apply_attention(attn_map, v)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -165,7 +165,7 @@ class Flow:
         """A slot for each group whose map somebody else wants."""
         groups = self.stack.groups
         wanted = [group for group in groups if len(group) > 1 or record is not None]
-        self.slots = {group[0]: MapSlot(record) for group in wanted}
+        self.slots = {group[0]: MapSlot(record, len(group) - 1) for group in wanted}
 
     def run(self, index: int, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """One block, after the pool that stands before it, if one does."""

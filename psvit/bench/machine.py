@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 import psvit
+from psvit_kernels.probe import Work, copy_work, cpu_name, matrix_work
 
-from .measure import Function, interleave
+from .measure import interleave
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,8 @@ def ceilings(
     The fastest of some rounds counts: others who use the machine only make it slower. With
     ``before``, what was seen earlier in the run, the higher of both.
     """
-    matrix = {name: _matrix_rate(getattr(torch, name), size) for name in dtypes}
-    source = torch.ones(64 * size, size // 8)
-    target = torch.empty_like(source)
-    copied = 2 * source.numel() * source.itemsize
-    seen = Ceilings(matrix, copied / _fastest(lambda: target.copy_(source)), _fma_rate(threads))
+    matrix = {name: _rate(matrix_work("cpu", getattr(torch, name), size)) for name in dtypes}
+    seen = Ceilings(matrix, _rate(copy_work("cpu", 32 * size**2)), _fma_rate(threads))
     return seen if before is None else _higher(seen, before)
 
 
@@ -50,15 +48,9 @@ def _higher(a: Ceilings, b: Ceilings) -> Ceilings:
     return Ceilings(matrix, max(a.copy, b.copy), max(a.fma or 0.0, b.fma or 0.0) or None)
 
 
-def _matrix_rate(dtype: torch.dtype, size: int) -> float:
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    c = torch.empty_like(a)
-    return 2 * size**3 / _fastest(lambda: torch.mm(a, b, out=c))
-
-
-def _fastest(function: Function) -> float:
-    """Nanoseconds."""
-    return float(interleave({"": function}, rounds=9)[0][""].min())
+def _rate(work: Work) -> float:
+    """In a nanosecond, the fastest."""
+    return work.amount / float(interleave({"": work.run}, rounds=9)[0][""].min())
 
 
 def _fma_rate(threads: int) -> float | None:
@@ -79,7 +71,7 @@ def machine() -> dict[str, Any]:
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": _cores(),
     }
@@ -87,15 +79,6 @@ def machine() -> dict[str, Any]:
 
 def _cores() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
 
 
 def versions() -> dict[str, str | None]:
