@@ -275,8 +275,7 @@ def _time(
             entry[mode] = _quantiles(values) | {"samples": len(values)}
         if mode == "captured":
             record["ratios"] = _ratios(times, record["rows"])
-        samplers.clear()
-        gc.collect()
+        samplers.clear()  # and with them graphs and what they hold
 
 
 T = TypeVar("T")
@@ -312,7 +311,6 @@ def _interleave(
     times: dict[str, list[float]] = {name: [] for name in samplers}
     fewest, most = rounds
     began = time.monotonic()
-    gc.collect()
     gc.disable()
     try:
         for done in range(most):
