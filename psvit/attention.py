@@ -73,8 +73,9 @@ class Attention(nn.Module):
         """
         p = self.attention_dropout if self.training else 0.0
         if self.shares:
-            attn_map: AttentionMap | None = self._shared_map(slot)
-            out = apply_attention(attn_map, self.project_values(x), dropout=p)
+            shared = self._shared_map(slot)
+            out = apply_attention(shared, self.project_values(x), dropout=p)
+            attn_map: AttentionMap | None = shared
         else:
             q, k, v = self.project(x)
             form: Literal["dense"] | None = None if slot is None and not p else "dense"
