@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from . import cpu, registry
+from . import cpu, probe, registry
+from .choice import scaled
 from .maps import ROW_ALIGNMENT
 
 #: Distributions whose versions matter; none of them is imported to find out.
@@ -67,6 +68,7 @@ def collect() -> dict[str, Any]:
         "providers": _providers(),
         "forced": registry.forced(),
         "fallbacks": dict(registry.fallbacks),
+        "rates": _rates(),
         "limits": {
             "cpu": f"float32 and bfloat16, head dim up to {cpu.MAX_HEAD_DIM}; the reference serves "
             "the rest, down to float16 and up to float64",
@@ -129,6 +131,13 @@ def _providers() -> dict[str, str]:
     return states
 
 
+def _rates() -> dict[str, dict[str, float]]:
+    """What was measured earlier of the devices that are here; nothing is measured now."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    found = {probe.device_key(d): probe.kept(d) for d in [torch.device("cpu"), *gpus]}
+    return {device: rates for device, rates in found.items() if rates is not None}
+
+
 def lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The same for people: pairs of a name and a line of text, "" under the one above."""
     cpu_, threads = info["cpu"], info["threads"]
@@ -151,6 +160,12 @@ def lines(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("forced", info["forced"] or "no: the first provider that can serve a call does"))
     served = [f"{count} x {reason}" for reason, count in info["fallbacks"].items()]
     rows += _under("fallbacks", served or ["none in this process"])
+    rates = [
+        f"{device}: copy {scaled(r['copy'])}B/s, exponentials {scaled(r['exp'])}/s, products "
+        + ", ".join(f"{scaled(r[n])}FLOP/s {n}" for n in ("float32", "bfloat16", "float16"))
+        for device, r in info["rates"].items()
+    ]
+    rows += _under("rates", rates or ["not measured yet: psvit_kernels.explain(...) does"])
     return rows + _under("limits", [f"{name}: {text}" for name, text in info["limits"].items()])
 
 
