@@ -32,7 +32,7 @@ from .tiles import (
 
 
 @triton.jit
-def _donor(donors_ptr, head):
+def donor_of(donors_ptr, head):
     """The head of the map that a head of V uses."""
     donor = head
     if donors_ptr is not None:
@@ -87,7 +87,7 @@ def _apply_stored_kernel(
 ):  # fmt: skip
     """No tail apart from the loop: masks fetch nothing, and all loads are ahead of their use."""
     batch, head, start_m = place(m, heads, BLOCK_M)
-    donor = _donor(donors_ptr, head)
+    donor = donor_of(donors_ptr, head)
     rows = start_m + tl.arange(0, BLOCK_M)
     map_ptr += (batch * map_stride_b + donor * map_stride_h) * UNIT
     v_ptr += batch * v_stride_b + head * v_stride_h
@@ -95,7 +95,7 @@ def _apply_stored_kernel(
     sums = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        stored = load_map(map_ptr, map_stride_m, units, rows, columns, m, UNIT)
+        stored = load_map(map_ptr, map_stride_m, units, rows, columns, m, UNIT, True)
         v = load_rows(v_ptr, v_stride_n, columns, n, D, BLOCK_D, True)  # (BLOCK_N, BLOCK_D)
         p = decode(stored, v.dtype)  # (BLOCK_M, BLOCK_N)
         acc, sums = _add(
@@ -154,7 +154,8 @@ def _apply_stored(
         lambda meta: (b * h * triton.cdiv(m, meta["BLOCK_M"]),),
         {"out_ptr": out, "m": m, "n": n, "heads": h}
         | map_arguments(storage, row_scale)
-        | value_arguments(v, head_index, dropout, seed)
+        | value_arguments(v)
+        | reuse_arguments(head_index, dropout, seed, v.device)
         | {"correction_ptr": None if correction is None else correction.contiguous()},
         configs.apply_stored(v.dtype, storage.element_size()),
         (bucket(b * h), bucket(m), bucket(n), d),
@@ -189,24 +190,29 @@ def _unit(storage: Tensor) -> int:
     return unit if aligned else 1
 
 
-def value_arguments(
-    v: Tensor, head_index: list[int] | None, dropout: float, seed: Tensor | None
-) -> dict[str, Any]:
+def value_arguments(v: Tensor) -> dict[str, Any]:
     d = v.shape[3]
     return {
         "v_ptr": v,
         **{f"v_stride_{x}": s for x, s in zip("bhn", v.stride()[:3], strict=True)},
-        "donors_ptr": None if head_index is None else donors(tuple(head_index), v.device),
-        "dropout": dropout,
-        "seed_ptr": seed,
         "D": d,
         "BLOCK_D": padded(d),
         "PRECISION": precision(v.dtype),
     }
 
 
+def reuse_arguments(
+    head_index: list[int] | None, dropout: float, seed: Tensor | None, device: torch.device
+) -> dict[str, Any]:
+    return {
+        "donors_ptr": None if head_index is None else _donors(tuple(head_index), device),
+        "dropout": dropout,
+        "seed_ptr": seed,
+    }
+
+
 @lru_cache(maxsize=1024)
-def donors(head_index: tuple[int, ...], device: torch.device) -> Tensor:
+def _donors(head_index: tuple[int, ...], device: torch.device) -> Tensor:
     """On the device, copied there once."""
     return torch.tensor(head_index, dtype=torch.int32, device=device)
 
@@ -229,7 +235,7 @@ def _apply_factored_kernel(
 ):  # fmt: skip
     """P = exp(scale Q K^T + bias - lse) a tile at a time: no maximum, no sum, nothing rescaled."""
     batch, head, start_m = place(m, heads, BLOCK_M)
-    donor = _donor(donors_ptr, head)
+    donor = donor_of(donors_ptr, head)
     rows = start_m + tl.arange(0, BLOCK_M)
     q_ptr += batch * q_stride_b + donor * q_stride_h
     k_ptr += batch * k_stride_b + donor * k_stride_h
@@ -286,7 +292,8 @@ def apply_factored(
         lambda meta: (b * h * triton.cdiv(m, meta["BLOCK_M"]),),
         {"out_ptr": out, "m": m, "n": n, "heads": h}
         | factor_arguments(q, k, lse, bias, scale)
-        | value_arguments(v, head_index, dropout, seed)
+        | value_arguments(v)
+        | reuse_arguments(head_index, dropout, seed, v.device)
         | {"correction_ptr": None if correction is None else correction.contiguous()},
         configs.apply_factored(v.dtype, max(d, q.shape[3])),
         (bucket(b * h), bucket(m), bucket(n), d, q.shape[3]),

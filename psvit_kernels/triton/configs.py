@@ -80,6 +80,35 @@ def apply_factored(dtype: torch.dtype, d: int) -> list[Config]:
     ]
 
 
+def apply_values_stored(dtype: torch.dtype) -> list[Config]:
+    """Many columns a block, so that dO is fetched from the L2 cache seldom."""
+    if dtype == torch.float32:
+        return [Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=3)]
+    return [
+        Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3),
+        Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+    ]
+
+
+def apply_values_factored(dtype: torch.dtype) -> list[Config]:
+    if dtype == torch.float32:
+        return [Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2)]
+    return [
+        Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=8, num_stages=3),
+        Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+    ]
+
+
+def apply_map_gradient(dtype: torch.dtype) -> list[Config]:
+    """Bound by writing: one tile a program, unless sequences or heads are summed."""
+    if dtype == torch.float32:
+        return [Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1)]
+    return [
+        Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=1),
+        Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=1),
+    ]
+
+
 # --- token_pool -----------------------------------------------------------------------------
 
 

@@ -92,14 +92,16 @@ def load_rows(ptr, stride, rows, end, D: tl.constexpr, BLOCK_D: tl.constexpr, MA
 
 
 @triton.jit
-def load_map(ptr, stride, units, rows, columns, end, UNIT: tl.constexpr):
-    """A tile of a stored map, zero outside.
+def load_map(ptr, stride, units, rows, columns, end, UNIT: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of a stored map, zero outside; MASKED: columns may be.
 
     Strides and widths are in units of UNIT elements, 16 bytes if the storage allows: the compiler
     then knows that 16 bytes may be loaded at once, also under the mask. Padding is read: it is 0.
     """
     pointers = ptr + (rows.to(tl.int64) * stride)[:, None] * UNIT + columns[None, :]
-    inside = (rows < end)[:, None] & (columns < units * UNIT)[None, :]
+    inside = (rows < end)[:, None]
+    if MASKED:
+        inside = inside & (columns < units * UNIT)[None, :]
     return tl.load(pointers, mask=inside, other=0.0)
 
 
