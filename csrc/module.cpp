@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -91,46 +92,58 @@ using HeadIndex = std::optional<std::vector<int64_t>>;
 
 const int64_t* indices(const HeadIndex& index) { return index ? index->data() : nullptr; }
 
-void attention(bool is_bfloat16, std::array<int64_t, 6> size, Strided q, Strided k, Strided v,
-               std::optional<Strided> bias, Strided out, std::optional<Strided> map,
-               int64_t map_pitch, uintptr_t lse, int64_t lse_heads, bool rebuild_map,
-               HeadIndex head_index, uintptr_t correction, float scale, int threads) {
-    AttentionArgs a = {dtype(is_bfloat16), sizes(size), view(q),   view(k),     view(v),
-                       view(bias),         view(out),   view(map), map_pitch,   floats(lse),
-                       lse_heads,          rebuild_map, indices(head_index),
-                       floats(correction), scale,       threads};
+// stored rows, q, k, bias, log-sum-exp and scale.
+using MapTensors = std::tuple<std::optional<Strided>, std::optional<Strided>,
+                              std::optional<Strided>, std::optional<Strided>,
+                              std::optional<Strided>, float>;
+
+Map map_of(const MapTensors& t) {
+    return {view(std::get<0>(t)), view(std::get<1>(t)), view(std::get<2>(t)),
+            view(std::get<3>(t)), view(std::get<4>(t)), std::get<5>(t)};
+}
+
+void attention(bool is_bfloat16, std::array<int64_t, 6> size, const MapTensors& map,
+               int64_t map_pitch, Strided v, Strided out, int threads) {
+    AttentionArgs a = {dtype(is_bfloat16), sizes(size), map_of(map), map_pitch,
+                       view(v),            view(out),   threads};
     py::gil_scoped_release release;
     kernels().attention(a);
 }
 
-void apply(bool is_bfloat16, std::array<int64_t, 6> size, Strided map, Strided v, Strided out,
-           HeadIndex head_index, uintptr_t correction, int threads) {
-    ApplyArgs a = {dtype(is_bfloat16),  sizes(size),        view(map), view(v), view(out),
+void apply(bool is_bfloat16, std::array<int64_t, 6> size, const MapTensors& map, Strided v,
+           Strided out, HeadIndex head_index, uintptr_t correction, int threads) {
+    ApplyArgs a = {dtype(is_bfloat16),  sizes(size),        map_of(map), view(v), view(out),
                    indices(head_index), floats(correction), threads};
     py::gil_scoped_release release;
     kernels().apply(a);
 }
 
-void attention_backward(bool is_bfloat16, std::array<int64_t, 6> size, int64_t map_heads, Strided q,
-                        Strided k, Strided v, std::optional<Strided> bias, Strided grad_out,
-                        std::optional<Strided> map, std::optional<Strided> grad_map, Strided dq,
-                        Strided dk, Strided dv, std::optional<Strided> dbias, int64_t map_pitch,
-                        uintptr_t lse, HeadIndex head_index, float scale, int threads) {
-    AttentionBackwardArgs a = {dtype(is_bfloat16), sizes(size), map_heads,      view(q),
-                               view(k),            view(v),     view(bias),     view(grad_out),
-                               view(map),          view(grad_map), view(dq),    view(dk),
-                               view(dv),           view(dbias), map_pitch,      floats(lse),
-                               indices(head_index), scale,      threads};
+void attention_backward(bool is_bfloat16, std::array<int64_t, 6> size, int64_t map_heads,
+                        const MapTensors& map, Strided v, Strided grad_out,
+                        std::optional<Strided> grad_map, std::optional<Strided> grad_lse,
+                        const std::vector<std::pair<Strided, Strided>>& shared, Strided dq,
+                        Strided dk, Strided dv, std::optional<Strided> dbias, HeadIndex head_index,
+                        int threads) {
+    std::vector<SharedGradient> pairs;
+    for (const auto& [grad, values] : shared) pairs.push_back({view(grad), view(values)});
+    AttentionBackwardArgs a = {
+        dtype(is_bfloat16), sizes(size),    map_heads,      map_of(map),  view(v),
+        view(grad_out),     view(grad_map), view(grad_lse), pairs.data(), int64_t(pairs.size()),
+        view(dq),           view(dk),       view(dv),       view(dbias),  indices(head_index),
+        threads};
     py::gil_scoped_release release;
     kernels().attention_backward(a);
 }
 
 void apply_backward(bool is_bfloat16, std::array<int64_t, 6> size,
-                    std::array<int64_t, 3> map_size, Strided map, Strided v, Strided grad_out,
-                    Strided dmap, Strided dv, HeadIndex head_index, int threads) {
-    ApplyBackwardArgs a = {dtype(is_bfloat16), sizes(size), map_size[0],    map_size[1],
-                           map_size[2],        view(map),   view(v),        view(grad_out),
-                           view(dmap),         view(dv),    indices(head_index), threads};
+                    std::array<int64_t, 3> map_size, const MapTensors& map, Strided v,
+                    Strided grad_out, Strided dv, std::optional<Strided> dmap,
+                    std::optional<Strided> out, std::optional<Strided> dlse, HeadIndex head_index,
+                    int threads) {
+    ApplyBackwardArgs a = {dtype(is_bfloat16), sizes(size), map_size[0],         map_size[1],
+                           map_size[2],        map_of(map), view(v),             view(grad_out),
+                           view(dv),           view(dmap),  view(out),           view(dlse),
+                           indices(head_index), threads};
     py::gil_scoped_release release;
     kernels().apply_backward(a);
 }

@@ -121,6 +121,23 @@ def _address(t: Tensor | None) -> int:
 # --- attention --------------------------------------------------------------------------------
 
 
+def _unit_bias(bias: Tensor | None) -> Tensor | None:
+    """A bias that doesn't vary along the keys is expanded there; everything else stays a view."""
+    return bias if bias is None or bias.shape[-1] == 1 else _unit(bias)
+
+
+def _factors(q, k, bias, lse, scale, stored=None):
+    """A map as the native module takes it: its stored rows, if any, and what they come from."""
+    return (_maybe(stored), _strided(q), _strided(k), _maybe(bias), _strided(lse), scale)
+
+
+def _stored(storage):
+    """The same for a map of which there are only the rows."""
+    address, strides = _strided(storage)
+    repeats = storage.shape[0] == 1
+    return ((address, (0, *strides[1:]) if repeats else strides), None, None, None, None, 1.0)
+
+
 def attention(q, k, v, bias, scale, dense_map):
     b, h, m, d = q.shape
     n, dv = k.shape[2], v.shape[3]
@@ -128,43 +145,38 @@ def attention(q, k, v, bias, scale, dense_map):
     lse = q.new_empty(b, h, m, dtype=torch.float32)
     pitch = row_pitch(n, q.element_size())
     storage = q.new_empty(b, h, m, pitch) if dense_map else q.new_empty(0)
-    bias = None if bias is None else _unit_bias(bias)
+    bias = _unit_bias(bias)
     _native.attention(
-        q.dtype is torch.bfloat16, (b, h, m, n, d, dv),
-        _strided(q), _strided(k), _strided(v), _maybe(bias), _heads_first(out), _maybe(storage),
-        pitch, lse.data_ptr(), h, False, None, 0, scale, torch.get_num_threads(),
+        q.dtype is torch.bfloat16, (b, h, m, n, d, dv), _factors(q, k, bias, lse, scale, storage),
+        pitch, _strided(v), _heads_first(out), torch.get_num_threads(),
     )  # fmt: skip
     return out, storage, lse
-
-
-def _unit_bias(bias: Tensor) -> Tensor:
-    """A bias that doesn't vary along the keys is expanded there; everything else stays a view."""
-    return bias if bias.stride(-1) == 1 or bias.shape[-1] == 1 else bias.contiguous()
 
 
 def attention_backward(
     grad_out, grad_map, grad_lse, group_grads, group_values, q, k, v, bias, scale, map_storage,
     lse, out, need_bias,
 ):  # fmt: skip
-    stored = map_storage if map_storage.numel() else None
-    return _backward(
-        grad_out, grad_map, stored, q, k, lse, bias, scale, v, None, need_bias
-    )  # fmt: skip
+    grad_map = None if grad_map is None else _unit(grad_map)
+    grad_lse, group_grads = _float(grad_lse), [_unit(g) for g in group_grads]
+    pairs = zip(map(_heads_first, group_grads), map(_strided, group_values), strict=True)
+    sent = (_maybe(grad_map), _maybe(grad_lse), list(pairs))
+    return _backward(grad_out, *sent, map_storage, q, k, lse, bias, scale, v, None, need_bias)
 
 
-def _backward(grad_out, grad_map, stored, q, k, lse, bias, scale, v, head_index, need_bias):
+def _backward(
+    grad_out, grad_map, grad_lse, pairs, stored, q, k, lse, bias, scale, v, head_index, need_bias
+):
+    """``grad_map``, ``grad_lse`` and ``pairs`` as the native module takes them."""
     b, hq, m, d = q.shape
     h, n, dv = v.shape[1], k.shape[2], v.shape[3]
-    grad_out = _unit(grad_out)
-    grad_map = None if grad_map is None else _unit(grad_map)
-    bias = None if bias is None else _unit_bias(bias)
+    grad_out, bias = _unit(grad_out), _unit_bias(bias)
     dq, dk, dv_ = (t.new_empty(t.shape) for t in (q, k, v))
     dbias = q.new_empty(b, hq, m, n) if need_bias else q.new_empty(0)
     _native.attention_backward(
         q.dtype is torch.bfloat16, (b, h, m, n, d, dv), hq,
-        _strided(q), _strided(k), _strided(v), _maybe(bias), _heads_first(grad_out),
-        _maybe(stored), _maybe(grad_map), _strided(dq), _strided(dk), _strided(dv_),
-        _maybe(dbias), row_pitch(n, q.element_size()), lse.data_ptr(), head_index, scale,
+        _factors(q, k, bias, lse, scale, stored), _strided(v), _heads_first(grad_out), grad_map,
+        grad_lse, pairs, _strided(dq), _strided(dk), _strided(dv_), _maybe(dbias), head_index,
         torch.get_num_threads(),
     )  # fmt: skip
     return dq, dk, dv_, dbias
@@ -173,93 +185,104 @@ def _backward(grad_out, grad_map, stored, q, k, lse, bias, scale, v, head_index,
 # --- apply_attention --------------------------------------------------------------------------
 
 
-def apply_dense(map_storage, v, head_index, correction, dropout=0.0, seed=None, links=()):
-    b, h, n, d = v.shape
-    m = map_storage.shape[2]
-    out = v.new_empty(b, m, h, d)
-    address, strides = _strided(map_storage)
-    if map_storage.shape[0] == 1:
-        strides = (0, *strides[1:])
+def _apply(rows, m, d, v, head_index, correction):
+    """(B, M, H, d) from rows of a map of head dim ``d``, which is 0 if they are stored."""
+    b, h, n, dv = v.shape
+    out = v.new_empty(b, m, h, dv)
     correction = _float(correction)
     _native.apply(
-        v.dtype is torch.bfloat16, (b, h, m, n, n, d), (address, strides), _strided(v),
-        _heads_first(out), head_index, _address(correction), torch.get_num_threads(),
+        v.dtype is torch.bfloat16, (b, h, m, n, d, dv), rows, _strided(v), _heads_first(out),
+        head_index, _address(correction), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _correction_backward(grad_out, out, v, correction):
-    """The gradient that reaches P V, as (B, M, H, d); those of V itself and of the scalars."""
-    g, out = grad_out.transpose(1, 2).float(), out.transpose(1, 2).float()
-    g, dv, dcorrection = correction_backward(g, out, v.float(), correction)
-    return g.transpose(1, 2).to(v.dtype), dv, dcorrection
-
-
-def apply_dense_backward(
-    grad_out, map_storage, v, head_index, correction, dropout, seed, linked, out
-):
-    if correction is not None:
-        out = apply_dense(map_storage, v, head_index, None)
-        grad_out, dv_direct, dcorrection = _correction_backward(grad_out, out, v, correction)
-    b, h, n, d = v.shape
-    grad_out = _unit(grad_out)
-    dmap, dv = map_storage.new_empty(map_storage.shape), v.new_empty(v.shape)
-    mb, mh, m, pitch = map_storage.shape
-    _native.apply_backward(
-        v.dtype is torch.bfloat16, (b, h, m, n, n, d), (mb, mh, pitch), _strided(map_storage),
-        _strided(v), _heads_first(grad_out), _strided(dmap), _strided(dv), head_index,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    linked_grads = _linked_gradients(grad_out, out, correction, linked)
-    dmap = v.new_empty(0) if linked else dmap
-    if correction is None:
-        return dmap, dv, v.new_empty(0), *linked_grads
-    return dmap, dv.add_(dv_direct), dcorrection, *linked_grads
-
-
-def _linked_gradients(grad_pv, pv, correction, linked):
-    """What a linked application sends to its donor: see the reference."""
-    absent = pv.new_empty(0)
-    if not linked:
-        return absent, absent
-    dlse = -(grad_pv.float() * pv.float()).sum(-1).transpose(1, 2).contiguous()
-    return dlse, absent if correction is None else grad_pv
+def apply_dense(map_storage, v, head_index, correction, dropout=0.0, seed=None, links=()):
+    return _apply(_stored(map_storage), map_storage.shape[2], 0, v, head_index, correction)
 
 
 def apply_factored(
     q, k, lse, bias, scale, v, head_index, correction, dropout=0.0, seed=None, links=()
 ):
-    b, h, n, dv = v.shape
     m, d = q.shape[2:]
-    out = v.new_empty(b, m, h, dv)
-    bias = None if bias is None else _unit_bias(bias)
-    correction = _float(correction)
-    lse = lse.contiguous()  # bound to a name, so that its memory lasts
-    _native.attention(
-        v.dtype is torch.bfloat16, (b, h, m, n, d, dv),
-        _strided(q), _strided(k), _strided(v), _maybe(bias), _heads_first(out), None, 0,
-        lse.data_ptr(), q.shape[1], True, head_index, _address(correction), scale,
+    bias, lse = _unit_bias(bias), lse.contiguous()  # bound to names, so that their memory lasts
+    return _apply(_factors(q, k, bias, lse, scale), m, d, v, head_index, correction)
+
+
+def _before_correction(grad_out, out, v, correction, apply):
+    """P V with its gradient, the part of dV that doesn't come through it, and dcorrection."""
+    if correction is None:
+        return _unit(grad_out), out, None, v.new_empty(0)
+    pv = apply()
+    g, wide_pv = (t.transpose(1, 2).float() for t in (grad_out, pv))
+    g, dv, dcorrection = correction_backward(g, wide_pv, v.float(), correction)
+    return g.transpose(1, 2).to(v.dtype).contiguous(), pv, dv, dcorrection
+
+
+def _linked_backward(rows, d, g, pv, v, correction):
+    """dV, and what goes back to the donor: the gradients of its log-sum-exp and of P V."""
+    b, h, n, dv_ = v.shape
+    m = g.shape[1]
+    dv, dlse = v.new_empty(v.shape), v.new_empty(b, h, m, dtype=torch.float32)
+    _native.apply_backward(
+        v.dtype is torch.bfloat16, (b, h, m, n, d, dv_), (b, h, 0), rows, _strided(v),
+        _heads_first(g), _strided(dv), None, _heads_first(pv), _strided(dlse), None,
         torch.get_num_threads(),
     )  # fmt: skip
-    return out
+    return dv, dlse, v.new_empty(0) if correction is None else g
+
+
+def apply_dense_backward(
+    grad_out, map_storage, v, head_index, correction, dropout, seed, linked, out
+):
+    g, pv, dv_direct, dcorrection = _before_correction(
+        grad_out, out, v, correction, lambda: apply_dense(map_storage, v, head_index, None)
+    )
+    rows = _stored(map_storage)
+    if linked:
+        dmap = v.new_empty(0)
+        dv, dlse, dpv = _linked_backward(rows, 0, g, pv, v, correction)
+    else:
+        b, h, n, d = v.shape
+        mb, mh, m, pitch = map_storage.shape
+        dmap, dv = map_storage.new_empty(map_storage.shape), v.new_empty(v.shape)
+        dlse, dpv = _absent(v, 2)
+        _native.apply_backward(
+            v.dtype is torch.bfloat16, (b, h, m, n, 0, d), (mb, mh, pitch), rows, _strided(v),
+            _heads_first(g), _strided(dv), _strided(dmap), None, None, head_index,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return dmap, _sum(dv, dv_direct), dcorrection, dlse, dpv
 
 
 def apply_factored_backward(
     grad_out, q, k, lse, bias, scale, v, head_index, correction, dropout, seed, linked, need_bias,
     out,
 ):  # fmt: skip
-    if correction is not None:
-        out = apply_factored(q, k, lse, bias, scale, v, head_index, None)
-        grad_out, dv_direct, dcorrection = _correction_backward(grad_out, out, v, correction)
-    lse = lse.contiguous()
-    dq, dk, dv, dbias = _backward(
-        grad_out, None, None, q, k, lse, bias, scale, v, head_index, need_bias
-    )  # fmt: skip
-    linked_grads = _linked_gradients(grad_out, out, correction, linked)
-    dq, dk, dbias = (v.new_empty(0) if linked else t for t in (dq, dk, dbias))
-    if correction is None:
-        return dq, dk, dbias, dv, v.new_empty(0), *linked_grads
-    return dq, dk, dbias, dv.add_(dv_direct), dcorrection, *linked_grads
+    rest = (q, k, lse, bias, scale, v, head_index)
+    g, pv, dv_direct, dcorrection = _before_correction(
+        grad_out, out, v, correction, lambda: apply_factored(*rest, None)
+    )
+    bias, lse = _unit_bias(bias), lse.contiguous()
+    if linked:
+        dq, dk, dbias = _absent(v, 3)
+        rows = _factors(q, k, bias, lse, scale)
+        dv, dlse, dpv = _linked_backward(rows, q.shape[3], g, pv, v, correction)
+    else:
+        dlse, dpv = _absent(v, 2)
+        dq, dk, dv, dbias = _backward(
+            g, None, None, [], None, q, k, lse, bias, scale, v, head_index, need_bias
+        )
+    return dq, dk, dbias, _sum(dv, dv_direct), dcorrection, dlse, dpv
+
+
+def _absent(like: Tensor, count: int) -> list[Tensor]:
+    """Results that aren't asked for; no two may be one tensor."""
+    return [like.new_empty(0) for _ in range(count)]
+
+
+def _sum(dv, dv_direct):
+    return dv if dv_direct is None else dv.add_(dv_direct)
 
 
 # --- token_pool -------------------------------------------------------------------------------

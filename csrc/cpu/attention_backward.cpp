@@ -2,6 +2,7 @@
 //
 // A task is one head of the map. A block of rows at a time goes dO -> dP -> dS -> dQ, while dK and
 // dV grow in scratch memory: nothing is added to by two threads, so the bits never depend on them.
+// What the layers of a group send back joins dP in that block: there is no N x N gradient.
 #include "attention_blocks.h"
 
 namespace psvit::PSVIT_ISA {
@@ -48,121 +49,183 @@ void add_rows(const T* from, int64_t from_row, int64_t rows, int64_t columns, fl
                   load(to + r * ld + c) + load_upto(from + r * from_row + c, columns - c));
 }
 
-// dP becomes dS = P (dP - rowsum(P dP)).
-void softmax_backward_rows(const float* p, float* dp, int64_t ld, int64_t rows) {
+// shift = more - rowsum(P dP).
+void row_shifts(Matrix p, const float* dp, int64_t ld, int64_t rows, int64_t columns,
+                const float* more, float* shift) {
     for (int64_t r = 0; r < rows; r++) {
-        const float* p_row = p + r * ld;
-        float* dp_row = dp + r * ld;
         vf total = {};
-        for (int64_t c = 0; c < ld; c += W) total += load(p_row + c) * load(dp_row + c);
-        float sum = sum_lanes(total);
-        for (int64_t c = 0; c < ld; c += W)
-            store(dp_row + c, load(p_row + c) * (load(dp_row + c) - sum));
+        for (int64_t c = 0; c < columns; c += W)
+            total += load_upto(p.at + r * p.row + c, columns - c) * load(dp + r * ld + c);
+        shift[r] = (more ? more[r] : 0.0f) - sum_lanes(total);
+    }
+}
+
+// dP becomes dS = P (dP + shift).
+void softmax_backward_rows(Matrix p, float* dp, int64_t ld, int64_t rows, int64_t columns,
+                           const float* shift) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c += W) {
+            float* at = dp + r * ld + c;
+            store(at, load_upto(p.at + r * p.row + c, columns - c) * (load(at) + shift[r]));
+        }
+}
+
+// to = -rowsum(dO * O).
+template <typename T>
+void minus_row_dots(const float* grads, int64_t ld, const T* out, int64_t out_row, int64_t rows,
+                    int64_t columns, float* to) {
+    for (int64_t r = 0; r < rows; r++) {
+        vf total = {};
+        for (int64_t c = 0; c < columns; c += W)
+            total += load(grads + r * ld + c) * load_upto(out + r * out_row + c, columns - c);
+        to[r] = -sum_lanes(total);
     }
 }
 
 struct AttentionScratch {
-    int64_t ldn, ldd, ldv, floats;
-    float *keys_transposed, *keys, *values, *queries, *grads, *p, *dp, *dq, *dk, *dv;
+    Arena arena;
+    MapScratch map;
+    int64_t ldv, panel;
+    float *keys, *values, *queries, *grads, *dp, *dq, *dk, *dv;
 
     AttentionScratch(const AttentionBackwardArgs& a, float* memory)
-        : ldn(padded_columns(a.size.columns)),
-          ldd(round_up(a.size.depth, W)),
-          ldv(round_up(a.size.depth_v, W)) {
+        : arena(memory),
+          map(a.size, BLOCK, arena),
+          ldv(round_up(a.size.depth_v, W)),
+          panel(round_up(a.size.depth_v * map.ldn, 16)) {
         const Sizes& s = a.size;
         int64_t receivers = most_receivers(a.head_index, s.heads, a.map_heads);
-        Arena arena(memory);
-        keys_transposed = arena.take(a.map.data ? 0 : s.depth * ldn);
-        keys = arena.take(s.columns * ldd);
-        values = arena.take(receivers * s.depth_v * ldn);  // transposed, of each receiver
-        queries = arena.take(BLOCK * ldd);
+        keys = arena.take(s.columns * map.ldd);
+        values = arena.take((receivers + a.shared_count) * panel);  // each (d, N), transposed
+        queries = arena.take(BLOCK * map.ldd);
         grads = arena.take(BLOCK * ldv);
-        p = arena.take(BLOCK * ldn);
-        dp = arena.take(BLOCK * ldn);
-        dq = arena.take(BLOCK * ldd);
-        dk = arena.take(s.columns * ldd);
+        dp = arena.take(BLOCK * map.ldn);
+        dq = arena.take(BLOCK * map.ldd);
+        dk = arena.take(s.columns * map.ldd);
         dv = arena.take(receivers * s.columns * ldv);
-        floats = arena.used;
+    }
+};
+
+// One head of a map, with all that was computed from it.
+template <typename T>
+struct AttentionBackwardHead {
+    const AttentionBackwardArgs& a;
+    const AttentionScratch& t;
+    MapHead<T> map;
+    const Sizes& s = a.size;
+    int64_t ldn = t.map.ldn, ldd = t.map.ldd, ldv = t.ldv;
+    Receivers receivers = {a.head_index, s.heads, map.h};
+
+    void pack() const {
+        const View& k = a.map.k;
+        if (!a.map.stored.data) map.pack_keys();
+        pack_rows(head<T>(k, map.b, map.h), k.row, s.columns, s.depth, t.keys, ldd);
+        float* panel = t.values;
+        auto pack_values = [&](const View& v, int64_t h) {
+            pack_transposed(head<T>(v, map.b, h), v.row, s.columns, s.depth_v, panel, ldn);
+            panel += t.panel;
+        };
+        for (int64_t h = 0; h < s.heads; h++)
+            if (receivers.has(h)) pack_values(a.v, h);
+        for (int64_t l = 0; l < a.shared_count; l++) pack_values(a.shared[l].values, map.h);
+    }
+
+    // dP = dO V^T, or +=; leaves dO in t.grads.
+    void add_product(const View& grad_out, int64_t h, int64_t i, int64_t rows, int64_t panel,
+                     bool accumulate) const {
+        pack_rows(head<T>(grad_out, map.b, h) + i * grad_out.row, grad_out.row, rows, s.depth_v,
+                  t.grads, ldv);
+        gemm(rows, ldn, s.depth_v, {t.grads, ldv, 1}, t.values + panel * t.panel, ldn, t.dp, ldn,
+             accumulate);
+    }
+
+    // dS in t.dp; dV.
+    void score_gradients(Matrix p, int64_t i, int64_t rows) const {
+        int64_t n = 0;
+        for (int64_t h = 0; h < s.heads; h++) {
+            if (!receivers.has(h)) continue;
+            add_product(a.grad_out, h, i, rows, n, n > 0);
+            gemm(s.columns, ldv, rows, {p.at, 1, p.row}, t.grads, ldv, t.dv + n * s.columns * ldv,
+                 ldv, i > 0);
+            n++;
+        }
+        if (n == 0) memset(t.dp, 0, size_t(rows * ldn) * sizeof(float));
+        if (a.grad_map.data)
+            add_rows(head<T>(a.grad_map, map.b, map.h) + i * a.grad_map.row, a.grad_map.row, rows,
+                     s.columns, t.dp, ldn);
+        float shift[BLOCK];
+        const float* grad_lse =
+            a.grad_lse.data ? head<float>(a.grad_lse, map.b, map.h) + i : nullptr;
+        row_shifts(p, t.dp, ldn, rows, s.columns, grad_lse, shift);
+        for (int64_t l = 0; l < a.shared_count; l++)
+            add_product(a.shared[l].grad_out, map.h, i, rows, n + l, true);
+        softmax_backward_rows(p, t.dp, ldn, rows, s.columns, shift);
+    }
+
+    // dQ of these rows; dK.
+    void query_and_key_gradients(int64_t i, int64_t rows) const {
+        const View& q = a.map.q;
+        pack_rows(head<T>(q, map.b, map.h) + i * q.row, q.row, rows, s.depth, t.queries, ldd);
+        gemm(rows, ldd, s.columns, {t.dp, ldn, 1}, t.keys, ldd, t.dq, ldd, false);
+        store_rows(t.dq, ldd, rows, s.depth, a.map.scale,
+                   head<T>(a.dq, map.b, map.h) + i * a.dq.row, a.dq.row);
+        gemm(s.columns, ldd, rows, {t.dp, 1, ldn}, t.queries, ldd, t.dk, ldd, i > 0);
+    }
+
+    void store_sums() const {
+        store_rows(t.dk, ldd, s.columns, s.depth, a.map.scale, head<T>(a.dk, map.b, map.h),
+                   a.dk.row);
+        int64_t n = 0;
+        for (int64_t h = 0; h < s.heads; h++)
+            if (receivers.has(h))
+                store_rows(t.dv + n++ * s.columns * ldv, ldv, s.columns, s.depth_v, 1.0f,
+                           head<T>(a.dv, map.b, h), a.dv.row);
     }
 };
 
 template <typename T>
 void attention_backward_task(const AttentionBackwardArgs& a, int64_t task, float* memory) {
     const Sizes& s = a.size;
-    int64_t b = task / a.map_heads, donor = task % a.map_heads;
+    int64_t b = task / a.map_heads, h = task % a.map_heads;
     AttentionScratch t(a, memory);
-    Receivers receivers = {a.head_index, s.heads, donor};
-    const T* q = head<T>(a.q, b, donor);
-    const T* k = head<T>(a.k, b, donor);
-    const float* lse = a.lse + (b * a.map_heads + donor) * s.rows;
-
-    if (!a.map.data) pack_transposed(k, a.k.row, s.columns, s.depth, t.keys_transposed, t.ldn);
-    pack_rows(k, a.k.row, s.columns, s.depth, t.keys, t.ldd);
-    int64_t n = 0;
-    for (int64_t h = 0; h < s.heads; h++)
-        if (receivers.has(h))
-            pack_transposed(head<T>(a.v, b, h), a.v.row, s.columns, s.depth_v,
-                            t.values + n++ * s.depth_v * t.ldn, t.ldn);
-
+    AttentionBackwardHead<T> work = {a, t, {a.map, s, t.map, b, h}};
+    work.pack();
     for (int64_t i = 0; i < s.rows; i += BLOCK) {
         int64_t rows = smaller(BLOCK, s.rows - i);
-        pack_rows(q + i * a.q.row, a.q.row, rows, s.depth, t.queries, t.ldd);
-        if (a.map.data) {
-            pack_rows(head<T>(a.map, b, donor) + i * a.map.row, a.map.row, rows, s.columns, t.p,
-                      t.ldn);
-        } else {
-            gemm(rows, t.ldn, s.depth, {t.queries, t.ldd, 1}, t.keys_transposed, t.ldn, t.p, t.ldn,
-                 false);
-            const T* bias = a.bias.data ? head<T>(a.bias, b, donor) + i * a.bias.row : nullptr;
-            rebuild_rows(t.p, t.ldn, rows, s.columns, a.scale, bias, a.bias.row, lse + i);
-        }
-        n = 0;
-        for (int64_t h = 0; h < s.heads; h++) {
-            if (!receivers.has(h)) continue;
-            pack_rows(head<T>(a.grad_out, b, h) + i * a.grad_out.row, a.grad_out.row, rows,
-                      s.depth_v, t.grads, t.ldv);
-            gemm(rows, t.ldn, s.depth_v, {t.grads, t.ldv, 1}, t.values + n * s.depth_v * t.ldn,
-                 t.ldn, t.dp, t.ldn, n > 0);
-            gemm(s.columns, t.ldv, rows, {t.p, 1, t.ldn}, t.grads, t.ldv,
-                 t.dv + n * s.columns * t.ldv, t.ldv, i > 0);
-            n++;
-        }
-        if (n == 0) memset(t.dp, 0, size_t(rows * t.ldn) * sizeof(float));
-        if (a.grad_map.data)
-            add_rows(head<T>(a.grad_map, b, donor) + i * a.grad_map.row, a.grad_map.row, rows,
-                     s.columns, t.dp, t.ldn);
-        softmax_backward_rows(t.p, t.dp, t.ldn, rows);
+        work.score_gradients(work.map.probabilities(i, rows), i, rows);
         if (a.dbias.data)
-            store_rows(t.dp, t.ldn, rows, s.columns, 1.0f,
-                       head<T>(a.dbias, b, donor) + i * a.dbias.row, a.dbias.row);
-        gemm(rows, t.ldd, s.columns, {t.dp, t.ldn, 1}, t.keys, t.ldd, t.dq, t.ldd, false);
-        store_rows(t.dq, t.ldd, rows, s.depth, a.scale, head<T>(a.dq, b, donor) + i * a.dq.row,
-                   a.dq.row);
-        gemm(s.columns, t.ldd, rows, {t.dp, 1, t.ldn}, t.queries, t.ldd, t.dk, t.ldd, i > 0);
+            store_rows(t.dp, t.map.ldn, rows, s.columns, 1.0f,
+                       head<T>(a.dbias, b, h) + i * a.dbias.row, a.dbias.row);
+        work.query_and_key_gradients(i, rows);
     }
-    store_rows(t.dk, t.ldd, s.columns, s.depth, a.scale, head<T>(a.dk, b, donor), a.dk.row);
-    n = 0;
-    for (int64_t h = 0; h < s.heads; h++)
-        if (receivers.has(h))
-            store_rows(t.dv + n++ * s.columns * t.ldv, t.ldv, s.columns, s.depth_v, 1.0f,
-                       head<T>(a.dv, b, h), a.dv.row);
+    work.store_sums();
 }
 
 struct ApplyScratch {
-    int64_t ldn, ldv, floats;
-    float *values, *grads, *map_rows, *dv, *dp;
+    Arena arena;
+    MapScratch map;
+    int64_t ldv;
+    float *values, *grads, *dv, *dp;
 
     ApplyScratch(const Sizes& s, bool many, float* memory)
-        : ldn(padded_columns(s.columns)), ldv(round_up(s.depth_v, W)) {
-        Arena arena(memory);
-        values = arena.take(s.depth_v * ldn);
+        : arena(memory), map(s, BLOCK, arena), ldv(round_up(s.depth_v, W)) {
+        values = arena.take(s.depth_v * map.ldn);
         grads = arena.take(BLOCK * ldv);
-        map_rows = arena.take(BLOCK * ldn);
         dv = arena.take(s.columns * ldv);
-        dp = arena.take((many ? s.rows : BLOCK) * ldn);
-        floats = arena.used;
+        dp = arena.take((many ? s.rows : BLOCK) * map.ldn);
     }
 };
+
+// Packs a block of rows of dO into t.grads; t.dv = P^T dO, or += after the first block.
+template <typename T>
+void add_value_gradients(const MapHead<T>& map, const ApplyScratch& t, const View& grad_out,
+                         int64_t b, int64_t h, int64_t i, int64_t rows) {
+    const Sizes& s = map.size;
+    pack_rows(head<T>(grad_out, b, h) + i * grad_out.row, grad_out.row, rows, s.depth_v, t.grads,
+              t.ldv);
+    Matrix p = map.probabilities(i, rows);
+    gemm(s.columns, t.ldv, rows, {p.at, 1, p.row}, t.grads, t.ldv, t.dv, t.ldv, i > 0);
+}
 
 // One stored map with all that it was applied to. With several receivers dP is summed in scratch
 // memory of the size of the map; with one, a block at a time is enough.
@@ -172,9 +235,10 @@ void apply_backward_task(const ApplyBackwardArgs& a, bool many, int64_t task, fl
     int64_t map_b = task / a.map_heads, donor = task % a.map_heads;
     Receivers receivers = {a.head_index, s.heads, donor};
     ApplyScratch t(s, many, memory);
-    const T* map = head<T>(a.map, map_b, donor);
+    int64_t ldn = t.map.ldn;
+    MapHead<T> map = {a.map, s, t.map, map_b, donor};
     T* dmap = head<T>(a.dmap, map_b, donor);
-    if (many) memset(t.dp, 0, size_t(s.rows * t.ldn) * sizeof(float));
+    if (many) memset(t.dp, 0, size_t(s.rows * ldn) * sizeof(float));
 
     int64_t first = a.map_batch == 1 ? 0 : map_b, last = a.map_batch == 1 ? s.batch : map_b + 1;
     int64_t served = 0;
@@ -182,44 +246,62 @@ void apply_backward_task(const ApplyBackwardArgs& a, bool many, int64_t task, fl
         for (int64_t h = 0; h < s.heads; h++) {
             if (!receivers.has(h)) continue;
             served++;
-            pack_transposed(head<T>(a.v, b, h), a.v.row, s.columns, s.depth_v, t.values, t.ldn);
+            pack_transposed(head<T>(a.v, b, h), a.v.row, s.columns, s.depth_v, t.values, ldn);
             for (int64_t i = 0; i < s.rows; i += BLOCK) {
                 int64_t rows = smaller(BLOCK, s.rows - i);
-                float* dp_block = many ? t.dp + i * t.ldn : t.dp;
-                pack_rows(head<T>(a.grad_out, b, h) + i * a.grad_out.row, a.grad_out.row, rows,
-                          s.depth_v, t.grads, t.ldv);
-                Matrix p = float_rows(map + i * a.map.row, a.map.row, rows, s.columns, t.map_rows,
-                                      t.ldn);
-                gemm(s.columns, t.ldv, rows, {p.at, 1, p.row}, t.grads, t.ldv, t.dv, t.ldv, i > 0);
-                gemm(rows, t.ldn, s.depth_v, {t.grads, t.ldv, 1}, t.values, t.ldn, dp_block, t.ldn, many);
+                float* dp_block = many ? t.dp + i * ldn : t.dp;
+                add_value_gradients(map, t, a.grad_out, b, h, i, rows);
+                gemm(rows, ldn, s.depth_v, {t.grads, t.ldv, 1}, t.values, ldn, dp_block, ldn, many);
                 if (!many)
-                    store_rows(dp_block, t.ldn, rows, a.map_pitch, 1.0f, dmap + i * a.dmap.row,
+                    store_rows(dp_block, ldn, rows, a.map_pitch, 1.0f, dmap + i * a.dmap.row,
                                a.dmap.row);
             }
             store_rows(t.dv, t.ldv, s.columns, s.depth_v, 1.0f, head<T>(a.dv, b, h), a.dv.row);
         }
     }
     if (many) {
-        store_rows(t.dp, t.ldn, s.rows, a.map_pitch, 1.0f, dmap, a.dmap.row);
+        store_rows(t.dp, ldn, s.rows, a.map_pitch, 1.0f, dmap, a.dmap.row);
     } else if (served == 0) {
-        memset(t.dp, 0, size_t(t.ldn) * sizeof(float));
+        memset(t.dp, 0, size_t(ldn) * sizeof(float));
         for (int64_t i = 0; i < s.rows; i++)
-            store_rows(t.dp, t.ldn, 1, a.map_pitch, 1.0f, dmap + i * a.dmap.row, a.dmap.row);
+            store_rows(t.dp, ldn, 1, a.map_pitch, 1.0f, dmap + i * a.dmap.row, a.dmap.row);
     }
+}
+
+// One head of an application whose dP is the donor's to compute.
+template <typename T>
+void linked_backward_task(const ApplyBackwardArgs& a, int64_t task, float* memory) {
+    const Sizes& s = a.size;
+    int64_t b = task / s.heads, h = task % s.heads;
+    ApplyScratch t(s, false, memory);
+    MapHead<T> map = {a.map, s, t.map, b, h};
+    if (!a.map.stored.data) map.pack_keys();
+    for (int64_t i = 0; i < s.rows; i += BLOCK) {
+        int64_t rows = smaller(BLOCK, s.rows - i);
+        add_value_gradients(map, t, a.grad_out, b, h, i, rows);
+        minus_row_dots(t.grads, t.ldv, head<T>(a.out, b, h) + i * a.out.row, a.out.row, rows,
+                       s.depth_v, head<float>(a.dlse, b, h) + i);
+    }
+    store_rows(t.dv, t.ldv, s.columns, s.depth_v, 1.0f, head<T>(a.dv, b, h), a.dv.row);
 }
 
 template <typename T>
 void attention_backward_as(const AttentionBackwardArgs& a) {
-    parallel_tasks(a.size.batch * a.map_heads, a.threads, AttentionScratch(a, nullptr).floats,
+    parallel_tasks(a.size.batch * a.map_heads, a.threads, AttentionScratch(a, nullptr).arena.used,
                    [&](int64_t task, float* memory) { attention_backward_task<T>(a, task, memory); });
 }
 
 template <typename T>
 void apply_backward_as(const ApplyBackwardArgs& a) {
-    bool many = (a.map_batch == 1 && a.size.batch > 1) ||
-                most_receivers(a.head_index, a.size.heads, a.map_heads) > 1;
+    const Sizes& s = a.size;
+    if (!a.dmap.data)
+        return parallel_tasks(
+            s.batch * s.heads, a.threads, ApplyScratch(s, false, nullptr).arena.used,
+            [&](int64_t task, float* memory) { linked_backward_task<T>(a, task, memory); });
+    bool many = (a.map_batch == 1 && s.batch > 1) ||
+                most_receivers(a.head_index, s.heads, a.map_heads) > 1;
     parallel_tasks(
-        a.map_batch * a.map_heads, a.threads, ApplyScratch(a.size, many, nullptr).floats,
+        a.map_batch * a.map_heads, a.threads, ApplyScratch(s, many, nullptr).arena.used,
         [&](int64_t task, float* memory) { apply_backward_task<T>(a, many, task, memory); });
 }
 

@@ -33,21 +33,6 @@ private:
     float* memory_;
 };
 
-// Cuts the rows of every head into equal parts where whole heads would leave threads idle.
-struct RowSplit {
-    int64_t rows, parts = 1;
-
-    RowSplit(int64_t heads, int64_t rows_, int threads) : rows(rows_) {
-        if (heads == 0) return;
-        auto wasteful = [&] {
-            int64_t tasks = heads * parts;
-            return (tasks + threads - 1) / threads * threads * 10 > tasks * 11;
-        };
-        while (wasteful() && parts < 8 && rows >= 32 * (parts + 1)) parts++;
-    }
-    int64_t first(int64_t part) const { return rows * part / parts; }
-};
-
 // Rows as floats that gemm can read: in place for float32, else converted into `to`.
 PSVIT_INLINE Matrix float_rows(const float* from, int64_t stride, int64_t, int64_t, float*,
                                int64_t) {
@@ -107,6 +92,56 @@ static void rebuild_rows(float* scores, int64_t ld, int64_t rows, int64_t column
                                        lse[r]));
     }
 }
+
+// Scratch memory for a block of rows of a map.
+struct MapScratch {
+    int64_t ldn, ldd;
+    float *keys, *queries, *rows;
+
+    MapScratch(const Sizes& s, int64_t block, Arena& arena)
+        : ldn(padded_columns(s.columns)), ldd(round_up(s.depth, W)) {
+        keys = arena.take(s.depth * ldn);  // (d, N), transposed
+        queries = arena.take(block * ldd);
+        rows = arena.take(block * ldn);
+    }
+};
+
+// One head of a map, read a block of rows at a time.
+template <typename T>
+struct MapHead {
+    const Map& map;
+    const Sizes& size;
+    const MapScratch& t;
+    int64_t b, h;
+
+    void pack_keys() const {
+        pack_transposed(head<T>(map.k, b, h), map.k.row, size.columns, size.depth, t.keys, t.ldn);
+    }
+
+    const T* bias(int64_t first) const {
+        return map.bias.data ? head<T>(map.bias, b, h) + first * map.bias.row : nullptr;
+    }
+
+    float* lse(int64_t first) const { return head<float>(map.lse, b, h) + first; }
+
+    // q k^T in t.rows. Needs the packed keys.
+    void scores(int64_t first, int64_t rows) const {
+        const T* q = head<T>(map.q, b, h) + first * map.q.row;
+        Matrix queries = float_rows(q, map.q.row, rows, size.depth, t.queries, t.ldd);
+        gemm(rows, t.ldn, size.depth, queries, t.keys, t.ldn, t.rows, t.ldn, false);
+    }
+
+    // Only the columns of the map count. Needs the packed keys unless the map is stored.
+    Matrix probabilities(int64_t first, int64_t rows) const {
+        if (map.stored.data)
+            return float_rows(head<T>(map.stored, b, h) + first * map.stored.row, map.stored.row,
+                              rows, size.columns, t.rows, t.ldn);
+        scores(first, rows);
+        rebuild_rows(t.rows, t.ldn, rows, size.columns, map.scale, bias(first), map.bias.row,
+                     lse(first));
+        return {t.rows, t.ldn, 1};
+    }
+};
 
 // Writes normalised rows in the map's own pitch; its padding gets the zeros beyond `columns`.
 template <typename T>

@@ -17,52 +17,66 @@ struct Sizes {
     int64_t batch, heads, rows, columns, depth, depth_v;  // B, H, M, N, d, d of v
 };
 
-// Softmax attention, or (rebuild_map) the application of a map given by q, k and lse.
+// A map P = exp(scale q k^T + bias - lse), and its stored rows: null data where there are none.
+struct Map {
+    View stored;
+    View q, k, bias, lse;  // lse is float32
+    float scale;
+};
+
+// O = P V with P = softmax(scale q k^T + bias). Writes lse, and P itself if it has a place.
 struct AttentionArgs {
     Dtype dtype;
-    Sizes size;  // heads counts those of v and out
-    View q, k, v, bias, out, map;
+    Sizes size;
+    Map map;
     int64_t map_pitch;
-    float* lse;               // (B, heads of q, M): written, or read if rebuild_map
-    int64_t lse_heads;        // heads of q
-    bool rebuild_map;
-    const int64_t* head_index;  // null: head h uses map head h
-    const float* correction;    // null, or (H, 3)
-    float scale;
+    View v, out;
     int threads;
 };
 
-// O = P V from stored probabilities.
+// O = P V from stored rows, or from rebuilt ones.
 struct ApplyArgs {
     Dtype dtype;
-    Sizes size;
-    View map, v, out;
-    const int64_t* head_index;
-    const float* correction;
+    Sizes size;  // heads counts those of v and out
+    Map map;
+    View v, out;
+    const int64_t* head_index;  // null: head h uses map head h
+    const float* correction;    // null, or (H, 3)
     int threads;
 };
 
-// The gradient of a softmax attention and of everything that was applied from its factored map.
-// Receiver head h took part through map head head_index[h].
+// What a layer that shares a map sends back: its part of dP is grad_out values^T.
+struct SharedGradient {
+    View grad_out, values;
+};
+
+// The gradient of a softmax attention: of its own output, of everything that was applied from its
+// factored map, and of what sharing layers sent back. Receiver head h took part through map head
+// head_index[h].
 struct AttentionBackwardArgs {
     Dtype dtype;
     Sizes size;  // heads counts those of v and grad_out
     int64_t map_heads;
-    View q, k, v, bias, grad_out, map, grad_map;  // map: null data, then P is rebuilt from lse
-    View dq, dk, dv, dbias;                       // dbias: null data if not wanted
-    int64_t map_pitch;
-    const float* lse;
+    Map map;
+    View v, grad_out, grad_map;
+    View grad_lse;                 // float32
+    const SharedGradient* shared;  // heads as the map's, depth as v's
+    int64_t shared_count;
+    View dq, dk, dv, dbias;  // dbias: null data if not wanted
     const int64_t* head_index;
-    float scale;
     int threads;
 };
 
-// dV = P^T dO, and dP = dO V^T summed over the receivers of each stored map.
+// dV = P^T dO. And either dP = dO V^T, summed over the receivers of each map, or (linked) the
+// gradient of the log-sum-exp, -rowsum(dO * O): dP is then for the donor to walk.
 struct ApplyBackwardArgs {
     Dtype dtype;
     Sizes size;
     int64_t map_batch, map_heads, map_pitch;
-    View map, v, grad_out, dmap, dv;
+    Map map;
+    View v, grad_out, dv;
+    View dmap;       // null data: linked
+    View out, dlse;  // linked: O without correction, and float32
     const int64_t* head_index;
     int threads;
 };
