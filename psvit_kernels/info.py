@@ -71,7 +71,7 @@ def collect() -> dict[str, Any]:
         "rates": _rates(),
         "limits": {
             "cpu": f"float32 and bfloat16, head dim up to {cpu.MAX_HEAD_DIM}; the reference serves "
-            "the rest, down to float16 and up to float64",
+            "the rest, down to float16 and up to float64, and 8-bit maps and attention dropout",
             "map rows": f"start on multiples of {ROW_ALIGNMENT} bytes",
         },
     }
