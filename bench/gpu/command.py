@@ -143,6 +143,7 @@ def supervise(
         for case in running:
             words = reason or f"the process ended with {worker.wait()}"
             session.give_up(case, words, session.NOT_MEASURED if over else session.ERROR)
+        store.save()
         if over:
             break
         false_starts += _tried(store) == tried

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -156,7 +157,8 @@ def _attempt(
         raise
     except Exception as error:
         give_up(record, _words(error))
-    torch.compiler.reset()  # or the next shapes meet the limit of recompilations
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # or the next shapes meet the limit of recompilations
     gc.collect()
     _survive("", clock, record)
 

@@ -1,0 +1,647 @@
+"""The GPU runner, without a GPU: whole sessions on tiny shapes, on the clock of the host."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # last: psvit is the installed one
+
+from bench.gpu import clock, command, gate, report, rows, session, work  # noqa: E402
+from bench.gpu.rows import Bar, Case  # noqa: E402
+from psvit_kernels import registry  # noqa: E402
+
+BESIDE = ("sdpa/flash", "sdpa/cudnn", "sdpa/math", "eager")
+TINY = (
+    Case(
+        "apply",
+        (2, 2, 9),
+        {"dense": (Bar("copy", 0.5), Bar("speed-up", 0.001)), "uint8": (), "e4m3": ()}
+        | {"factored": (Bar("speed-up", 1e6),)},
+        (*BESIDE, "eager A @ v"),
+        "float32",
+    ),
+    Case("attention", (2, 2, 9), {"dense": (Bar("map", 0.001),)}, BESIDE, "float32"),
+    Case("group", (2, 2, 9), {"dense": (), "factored": ()}, BESIDE, "float32"),
+    Case("pool-max", (2, 5, 16), {"fused": (Bar("speed-up", 0.001, "eager"),)}, rows.POOL[:1]),
+    Case("pool-avg", (2, 5, 16), {"fused": ()}, ("eager",), "float32"),
+    Case("pool-depthwise", (2, 5, 16), {"fused": ()}, ("eager",), "float32"),
+    Case("apply", (1, 2, 5), {"dense": (Bar("launches", 1.0),)}, BESIDE, "float32", launches=True),
+)
+RATES = {"copy_bytes_per_s": 1e9, "matrix_flops_per_s": {"float32": 1e10}, "exp_per_s": 1e9}
+
+
+class HostClock:
+    """Stands in for ``CudaClock``."""
+
+    name = "host"
+
+    def sets(self, nbytes: float) -> int:
+        return 2
+
+    def warm_up(self, calls) -> None:
+        for call in calls:
+            call()
+
+    def captured(self, calls):
+        def sample() -> float:
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            return max(1e6 * (time.perf_counter() - start) / len(calls), 1e-3)
+
+        return sample
+
+    wall = captured
+
+    def peak_bytes(self, call) -> int:
+        return 1000
+
+    def launches(self, call) -> list[str]:
+        call()
+        return ["kernel"]
+
+    def check_health(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+
+@pytest.fixture
+def store(tmp_path) -> session.Store:
+    return session.Store(tmp_path / "results")
+
+
+def run(
+    store, cases, seconds: float = 1e6, *, fresh: bool = True, host=None, **options
+) -> list[str]:
+    """A session with the reference in place of Triton; what it said."""
+    said: list[str] = []
+    if fresh:
+        store.create(cases)
+    options = {"provider": "reference", "reserve": 30.0, "rounds": (3, 3)} | options
+    deadline = time.time() + seconds
+    options |= {"device": "cpu", "deadline": deadline, "say": said.append}
+    session.run(store, cases, host or HostClock(), **options)
+    return said
+
+
+def stored(store) -> dict:
+    return json.loads(store.file.read_text())
+
+
+def states(store) -> set[str]:
+    """Of all rows."""
+    cases = stored(store)["cases"].values()
+    return {row["status"] for case in cases for row in case["rows"].values()}
+
+
+def shown(data: dict, cases) -> str:
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    report.show(data, console, cases)
+    return console.export_text()
+
+
+def spoilt(function, how):
+    return lambda *args, **options: how(function(*args, **options))
+
+
+# --- the rows -------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_table_is_there():
+    reach = {line.title: list(map(str, line.case.rows[line.name])) for line in report.lines(None)}
+    for n, dense, eight_bits in ((197, 1.8, 2.5), (577, 1.4, 2.1), (1025, 1.15, 1.7)):
+        assert reach[f"apply/64x12x{n} dense"] == ["85 % of copy", f"{dense}x sdpa"]
+        for form in ("uint8", "e4m3"):
+            assert reach[f"apply/64x12x{n} {form}"] == [f"{eight_bits}x sdpa"]
+        assert 64 * 12 >= 768
+    for batch in (1, 4):
+        for n in (2305, 4097):
+            assert reach[f"apply/{batch}x12x{n} dense"] == []
+            assert reach[f"apply/{batch}x12x{n} uint8"] == ["1.6x sdpa"]
+    for title in ("apply/64x12x1025 factored", "apply/4x12x4096 factored"):
+        assert reach[title] == ["1.18x sdpa"]
+    for n in (197, 257):
+        assert reach[f"attention/64x12x{n} dense"] == [
+            "sdpa + writing the map", "moonshot: 1x sdpa"
+        ]  # fmt: skip
+    for n in (197, 577):
+        assert reach[f"group/64x12x{n} dense"] == ["1.6x sdpa"]
+    for kind in ("max", "avg", "depthwise"):
+        bars = ["85 % of copy", "1.5x eager", "1x compile"]
+        assert reach[f"pool-{kind}/256x14x768 fused"] == bars
+    for kind in ("apply", "attention"):
+        assert reach[f"{kind}/1x12x197 dense"] == ["launches of sdpa"]
+    names = [case.name for case in rows.CASES]
+    assert len(names) == len(set(names))
+
+
+def test_bytes_and_flops_are_the_fewest_that_will_do():
+    n, heads = 197, 64 * 12
+    case = rows.CASES[0]
+    core, full = heads * n * 64, heads * n * n
+    assert rows.counts(case, "dense") == (2 * full * 64, 2 * full + 2 * 2 * core)
+    assert rows.counts(case, "uint8") == (2 * full * 64, full + 4 * heads * n + 2 * 2 * core)
+    assert rows.counts(case, "factored") == (4 * full * 64, 2 * 4 * core + 4 * heads * n)
+    attention = Case("attention", (64, 12, n), {"dense": ()}, ())
+    assert rows.counts(attention, "dense") == (4 * full * 64, 2 * full + 2 * 4 * core)
+    pool = Case("pool-max", (256, 14, 768), {"fused": ()}, ())
+    tokens = 256 * (1 + 14 * 14 + 1 + 7 * 7)
+    assert rows.counts(pool, "fused") == (0, 2 * (tokens * 768 + 2 * 768))
+
+
+def test_select():
+    assert [case.name for case in rows.select("group")] == ["group/64x12x197", "group/64x12x577"]
+    assert rows.select(None) == list(rows.CASES)
+    assert [case.name for case in rows.select("pool-m*")] == ["pool-max/256x14x768"]
+    with pytest.raises(ValueError, match='--cases: got "nothing"'):
+        rows.select("nothing")
+
+
+# --- a session ------------------------------------------------------------------------------
+
+
+def test_a_whole_session(store):
+    said = run(store, TINY)
+    data = stored(store)
+    assert list(store.file.parent.iterdir()) == [store.file]
+    assert len(said) == len(TINY) and "apply/2x2x9: dense measured, uint8 measured" in said[0]
+    assert list(data["cases"]) == [case.name for case in TINY]
+    for case in TINY:
+        record = data["cases"][case.name]
+        assert record["status"] == "done" and record["sets"] == 2, record
+        for name in case.rows:
+            row, entry = record["rows"][name], record["contenders"][name]
+            assert row["status"] == "measured", row
+            assert row["error"]["psvit"] >= 0 and row["bytes"] > 0
+            for mode in ("captured", "wall"):
+                assert entry[mode]["samples"] == 3
+                assert 0 < entry[mode]["p20"] <= entry[mode]["median"] <= entry[mode]["p80"]
+            assert entry["peak_bytes"] == 1000
+        beside = record["contenders"]
+        assert beside["eager"]["captured"] and set(case.baselines) <= set(beside)
+        if "sdpa/cudnn" in beside:
+            assert beside["sdpa/cudnn"]["captured"] is None and beside["sdpa/cudnn"]["reason"]
+            assert "sdpa/math" in record["ratios"][next(iter(case.rows))]
+    assert data["cases"]["apply/2x2x9"]["automatic"]
+    assert data["cases"]["apply/1x2x5"]["contenders"]["dense"]["launches"] == ["kernel"]
+    assert not report.failed(data)
+
+
+def test_compiled_baselines(store, monkeypatch):
+    monkeypatch.setattr(work, "compiled", lambda function: function)
+    assert work.flex().__name__ == "flex_attention"  # slow where it isn't compiled
+    monkeypatch.setattr(work, "flex", lambda: torch.nn.functional.scaled_dot_product_attention)
+    beside = ("compile", "flex", "eager")
+    cases = [
+        Case("apply", (1, 2, 5), {"dense": ()}, beside, "float32"),
+        Case("group", (1, 2, 5), {"dense": ()}, beside, "float32"),
+        Case("pool-max", (1, 3, 16), {"fused": ()}, ("compile",), "float32"),
+    ]
+    run(store, cases)
+    for case in cases:
+        for name in case.baselines:
+            entry = stored(store)["cases"][case.name]["contenders"][name]
+            assert entry["captured"], entry
+
+
+def test_three_calls_of_sdpa_are_beside_a_group():
+    built = work.build(Case("group", (1, 2, 5), {"dense": ()}, BESIDE, "float32"), 1, "cpu")
+    for name, tensors in (("sdpa/math", 9), ("eager", 5)):
+        contender = built.baselines[name]()
+        with contender.pinned():
+            results = contender.calls[0]()
+        assert len(results) == 3 + tensors  # outputs, and a gradient for each input
+
+
+@pytest.mark.parametrize("how", [lambda out: out * 1.1, lambda out: out * math.nan])
+def test_a_wrong_kernel_has_no_speed(store, monkeypatch, how):
+    monkeypatch.setattr(work, "apply_attention", spoilt(work.apply_attention, how))
+    right = Case("pool-max", (2, 5, 16), {"fused": ()}, ("eager",), "float32")
+    wrong = Case("apply", (2, 2, 9), {"dense": (Bar("speed-up", 0.001),)}, BESIDE, "float32")
+    monkeypatch.setattr(work, "_apply_oracle", _right_oracle)
+    run(store, [wrong, right])
+    data = stored(store)
+    assert data["cases"][wrong.name]["rows"]["dense"]["status"] == "FAILED correctness"
+    assert data["cases"][wrong.name]["contenders"] == {}
+    assert data["cases"][right.name]["rows"]["fused"]["status"] == "measured"
+    assert report.failed(data)
+    (line,) = (t for t in shown(data, [wrong, right]).splitlines() if "x9 dense  " in t)
+    assert line.split() == ["apply/2x2x9", "dense", "FAILED", "correctness"]
+    assert "| apply/2x2x9 dense | FAILED correctness |  |" in report.markdown(data, [wrong])
+
+
+def _right_oracle(kept, qkv, part) -> gate.Oracle:
+    p, v = kept.dense()[part], qkv[2]
+    exact = p.double() @ v.double()
+    return gate.Oracle({"out": exact}, {"out": p @ v}, {"out": p.double() @ v.double().abs()})
+
+
+def test_memory_that_a_kernel_leaves_unwritten_shows():
+    want = torch.ones(2, 3)
+    oracle = gate.Oracle({"out": want.double()}, {"out": want}, {"out": want.double()})
+
+    def forgetful() -> gate.Results:
+        out = torch.empty(2, 3)
+        out[:, :2] = 1
+        return {"out": out}
+
+    with pytest.raises(AssertionError, match="NaN"):
+        gate.check(forgetful, lambda part: _part(oracle, part), 1)
+    assert gate.check(lambda: {"out": torch.ones(2, 3)}, lambda part: _part(oracle, part), 1)
+
+
+def _part(oracle: gate.Oracle, part: slice) -> gate.Oracle:
+    each = ({"out": results["out"][part]} for results in vars(oracle).values())
+    return gate.Oracle(*each)
+
+
+def test_the_configuration_that_is_timed_is_checked():
+    """In deterministic mode, which fills memory, kernels keep to another one."""
+    want = torch.ones(2, 3)
+    oracle = gate.Oracle({"out": want.double()}, {"out": want}, {"out": want.double()})
+
+    def wrong_when_tuned() -> gate.Results:
+        tuned = not torch.are_deterministic_algorithms_enabled()
+        return {"out": want * (1 + tuned)}
+
+    torch.use_deterministic_algorithms(False)
+    with pytest.raises(AssertionError, match="miss the bar"):
+        gate.check(wrong_when_tuned, lambda part: oracle, 2)
+
+
+def test_an_exception_costs_its_row_alone(store, monkeypatch):
+    def fails(stored, v):
+        if isinstance(stored, work.QuantizedMap):
+            raise RuntimeError("no such\nthing")
+        return real(stored, v)
+
+    real = work.apply_attention
+    monkeypatch.setattr(work, "apply_attention", fails)
+    run(store, TINY[:2])
+    found = stored(store)["cases"]["apply/2x2x9"]["rows"]
+    assert found["uint8"] == {
+        "status": "error", "reason": "RuntimeError: no such thing"
+    }  # fmt: skip
+    assert found["dense"]["status"] == found["factored"]["status"] == "measured"
+    assert "apply/2x2x9 uint8: error: RuntimeError: no such thing" in shown(stored(store), TINY[:2])
+    assert report.failed(stored(store))
+
+
+def test_a_provider_that_cannot_serve_says_so(store):
+    run(store, TINY[:1], provider="triton")
+    if registry.PROVIDERS["triton"].missing() is None and torch.cuda.is_available():
+        pytest.skip("it can")
+    row = stored(store)["cases"]["apply/2x2x9"]["rows"]["dense"]
+    assert row["status"] == "error" and 'provider "triton"' in row["reason"]
+
+
+def test_what_the_clock_cannot_tell_is_not_told(store):
+    class Blind(HostClock):
+        def captured(self, calls):
+            raise RuntimeError("capture failed")
+
+        def peak_bytes(self, call):
+            raise RuntimeError("no memory statistics")
+
+    run(store, TINY[:1], host=Blind())
+    record = stored(store)["cases"]["apply/2x2x9"]
+    assert record["contenders"]["dense"]["captured"] is None
+    assert record["contenders"]["dense"]["wall"]
+    assert record["rows"]["dense"]["status"] == "error"
+    assert "captured: RuntimeError: capture failed" in record["rows"]["dense"]["reason"]
+    assert record["contenders"]["dense"]["peak_bytes"]["reason"].startswith("RuntimeError")
+
+
+def test_no_case_starts_when_the_time_is_over(store):
+    run(store, TINY, seconds=29.0)
+    for record in stored(store)["cases"].values():
+        assert record["status"] == "not measured" and record["reason"] == "the time was over"
+    assert states(store) == {"not measured"}
+    assert not report.failed(stored(store))
+    assert "11 not measured" in shown(stored(store), TINY)
+
+
+# --- a device that is lost, a process that ends ------------------------------------------------
+
+
+class Lost(HostClock):
+    """From the first error on, nothing works in this process."""
+
+    def __init__(self) -> None:
+        self.broken = False
+
+    def check_health(self) -> None:
+        if self.broken:
+            raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_a_lost_device_costs_one_row(store, monkeypatch):
+    host = Lost()
+
+    def breaks(stored, v):
+        if host.broken or isinstance(stored, work.QuantizedMap):
+            host.broken = True
+            raise RuntimeError("illegal access")
+        return real(stored, v)
+
+    real = work.apply_attention
+    monkeypatch.setattr(work, "apply_attention", breaks)
+    starts = 0
+
+    def start() -> Ended:
+        nonlocal starts
+        starts, host.broken = starts + 1, False
+        store.load()
+        try:
+            run(store, TINY[:2], fresh=False, host=host)
+        except session.DeviceLostError:
+            return Ended(3)
+        return Ended(0)
+
+    command.supervise(store, TINY[:2], start, time.time() + 1e6)
+    found = stored(store)["cases"]
+    assert {name: row["status"] for name, row in found["apply/2x2x9"]["rows"].items()} == {
+        "dense": "measured", "uint8": "error", "e4m3": "error", "factored": "measured"
+    }  # fmt: skip
+    assert starts == 3 and found["apply/2x2x9"]["lost"] == ["uint8", "e4m3"]
+    assert found["attention/2x2x9"]["rows"]["dense"]["status"] == "measured"
+
+
+class Ended:
+    """A process that has ended, or, without a code, one that has to be killed."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def kill(self) -> None:
+        self.code = -9
+
+    def wait(self) -> int:
+        assert self.code is not None
+        return self.code
+
+
+def begins(store, name: str, ago: float = 0.0) -> None:
+    store.load()
+    store.case(name).update(status="running", began=time.time() - ago)
+    store.save()
+
+
+def test_a_killed_process_costs_its_case(store):
+    def start() -> Ended:
+        store.load()
+        if store.case("apply/2x2x9")["status"] == "not measured":
+            begins(store, "apply/2x2x9")
+            return Ended(-11)
+        run(store, TINY[:2], fresh=False)
+        return Ended(0)
+
+    command.supervise(store, TINY[:2], start, time.time() + 1e6)
+    found = stored(store)["cases"]
+    assert found["apply/2x2x9"]["status"] == "error"
+    assert found["apply/2x2x9"]["rows"]["dense"]["reason"] == "the process ended with -11"
+    assert found["attention/2x2x9"]["rows"]["dense"]["status"] == "measured"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "status", "reason"),
+    [(1e6, "error", "not done after 5 s"), (0.0, "not measured", "the time was over")],
+)
+def test_a_case_that_does_not_end_is_ended(store, seconds, status, reason):
+    first = True
+
+    def start() -> Ended:
+        nonlocal first
+        if first:
+            first = False
+            begins(store, "attention/2x2x9", ago=10)
+            return Ended(None)
+        return Ended(0)
+
+    command.supervise(store, TINY[:2], start, time.time() + seconds, stuck=5, nap=0)
+    row = stored(store)["cases"]["attention/2x2x9"]["rows"]["dense"]
+    assert row == {"status": status, "reason": reason}
+
+
+def test_processes_that_never_begin_are_not_started_for_ever(store):
+    starts = []
+
+    def start() -> Ended:
+        starts.append(1)
+        return Ended(1)
+
+    command.supervise(store, TINY, start, time.time() + 1e6)
+    assert len(starts) == command.FALSE_STARTS
+    assert {
+        row["status"] for c in stored(store)["cases"].values() for row in c["rows"].values()
+    } == {"not measured"}
+
+
+def test_results_are_whole_at_every_moment(store, monkeypatch):
+    store.create(TINY)
+    before = store.file.read_bytes()
+    store.data["cases"]["apply/2x2x9"]["bad"] = math.nan  # no JSON
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.save()
+    assert store.file.read_bytes() == before
+    assert list(store.file.parent.iterdir()) == [store.file]
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+def test_without_a_gpu_nothing_is_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["--out", str(tmp_path / "new")]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_such_case(tmp_path, capsys):
+    assert command.main(["--out", str(tmp_path), "--cases", "nothing"]) == 2
+    assert "no case matches" in capsys.readouterr().err
+
+
+def test_from_a_checkout(tmp_path):
+    words = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path / "new")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr, done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("status", "code"), [("measured", 0), ("FAILED correctness", 1)])
+def test_exit_code(monkeypatch, tmp_path, status, code):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report, "show", lambda data, console: None)
+
+    def supervise(store, cases, start, deadline) -> None:
+        store.create(cases)
+        for record in store.data["cases"].values():
+            for row in record["rows"].values():
+                row["status"] = status
+
+    monkeypatch.setattr(command, "supervise", supervise)
+    assert command.main(["--out", str(tmp_path), "--cases", "pool"]) == code
+
+
+def test_the_machine_is_described(monkeypatch):
+    from bench.gpu import machine
+
+    torch.use_deterministic_algorithms(False)
+    rates = machine.rates(HostClock(), "cpu", copied=2**20, size=64)
+    assert rates["copy_bytes_per_s"] > 0 and rates["exp_per_s"] > 0
+    assert set(rates["matrix_flops_per_s"]) == {"bfloat16", "float16"}
+    assert {"torch", "triton", "cuda", "python"} <= set(machine.versions())
+    monkeypatch.setattr(machine.host, "commit", lambda: None)
+    monkeypatch.delenv("PSVIT_COMMIT", raising=False)
+    assert machine.commit().startswith("sources-") and machine.commit() == machine.commit()
+    monkeypatch.setenv("PSVIT_COMMIT", "abc-dirty")
+    assert machine.commit() == "abc-dirty"
+
+
+# --- what the results say ---------------------------------------------------------------------
+
+
+def made_up() -> tuple[dict, Case]:
+    """Times that make the sums easy."""
+    bars = (Bar("copy", 0.5), Bar("speed-up", 2.0), Bar("map", 2.5), Bar("launches", 1.0))
+    case = Case("attention", (1, 1, 10), {"dense": bars}, ("sdpa/flash", "sdpa/math"), "float32")
+    record = session.blank(case)
+    record["rows"]["dense"] |= {
+        "status": "measured", "error": {"psvit": 1e-3, "eager": 2e-3},
+        "flops": 1e4, "bytes": 1e3, "map_bytes": 400,
+    }  # fmt: skip
+
+    def timed(us: float, launches: int) -> dict:
+        quantiles = {"median": us, "p20": us * 0.9, "p80": us * 1.1, "samples": 50}
+        entry = {"captured": quantiles, "wall": quantiles, "reason": None}
+        return entry | {"peak_bytes": 2_000_000, "launches": ["kernel"] * launches}
+
+    record["contenders"] = {"dense": timed(2.0, 2), "sdpa/flash": timed(4.2, 1)}
+    record["contenders"]["sdpa/math"] = timed(9.0, 5)
+    record["ratios"] = {
+        "dense": {
+            "sdpa/flash": {"median": 2.1, "p20": 2.0, "p80": 2.2},
+            "sdpa/math": {"median": 4.5, "p20": 4.4, "p80": 4.6},
+        }
+    }
+    return {"cases": {case.name: record}, "rates": RATES, "kind": session.KIND}, case
+
+
+def test_bars():
+    data, case = made_up()
+    (line,) = report.lines(data, [case])
+    assert line.rival == "sdpa/flash"
+    values = [verdict.value for verdict in line.verdicts]
+    assert values == pytest.approx([0.5, 2.1, 2.1 + 0.2, 0.5])
+    assert [verdict.reached for verdict in line.verdicts] == [True, True, False, False]
+    assert line.share_of_matrix == pytest.approx(0.5)
+    printed = shown(data, [case])
+    assert "bars: 2 reached, 2 missed, of 4" in printed
+    assert "sdpa + writing the map: 2.30, MISS" in printed
+    del data["cases"][case.name]["contenders"]["sdpa/flash"]["launches"]
+    assert report.lines(data, [case])[0].verdicts[3].value is None
+
+
+def test_markdown_without_results_holds_no_figure():
+    table = report.markdown(None).splitlines()
+    assert len(table) == 2 + sum(len(case.rows) for case in rows.CASES)
+    for row in table[2:]:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[1] == "not measured" and not any(cells[2:7]) and cells[7] and not cells[8]
+
+
+def test_markdown_of_some_rows():
+    data, case = made_up()
+    other = Case("apply", (1, 1, 10), {"dense": ()}, ())
+    text = report.markdown(data, [case, other])
+    assert (
+        "| attention/1x1x10 dense | 2.0 (1.8 to 2.2) | sdpa/flash | 2.10 (2.00 to 2.20) |" in text
+    )
+    assert "| yes; yes; no; no |" in text
+    assert "| apply/1x1x10 dense | not measured |" in text
+
+
+def test_pictures(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    data, case = made_up()
+    other = Case("apply", (1, 1, 10), {"dense": (Bar("speed-up", 1.0),)}, ())
+    pool = Case("pool-max", (1, 3, 8), {"fused": ()}, ())
+    real = report.lines
+    monkeypatch.setattr(report, "lines", lambda data: real(data, [case, other, pool]))
+    (tmp_path / "gpu.json").write_text(json.dumps(data))
+    plot.main([str(tmp_path)])
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "gpu.json", "roofline.png", "speedup.png"
+    ]  # fmt: skip
+    for draw in (plot.roofline, plot.speedups):
+        under = draw(report.lines(data)).get_supxlabel()
+        assert under == "not measured: apply/1x1x10 dense, pool-max/1x3x8 fused"
+    data["cases"] = {}
+    (tmp_path / "gpu.json").write_text(json.dumps(data))
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path)])
+    assert "holds no measured row" in capsys.readouterr().err
+
+
+def test_the_pictures_of_the_cpu_are_drawn_still(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    (file,) = (ROOT / "bench" / "results").glob("cpu-*.json")
+    plot.main([str(file), "--output", str(tmp_path / "cpu.png")])
+    assert (tmp_path / "cpu.png").stat().st_size > 10_000
+    plot.main(["--markdown"])
+    assert "not measured" in capsys.readouterr().out
+
+
+# --- on a GPU -------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_clock_of_a_device():
+    device = clock.CudaClock()
+    x = torch.randn(2**20, device="cuda")
+    calls = [partial(torch.add, x, 1.0)] * 4
+    device.warm_up(calls)
+    for sampler in (device.captured(calls), device.wall(calls)):
+        assert 0 < sampler() < 1e6
+    assert device.peak_bytes(calls[0]) == x.nbytes
+    assert len(device.launches(calls[0])) == 1
+    with pytest.raises(RuntimeError):
+        device.captured([lambda: x.sum().item()])
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    with nullcontext():
+        device.release()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_session_on_a_device(store):
+    cases = [Case("pool-max", (2, 5, 16), {"fused": ()}, rows.POOL)]
+    store.create(cases)
+    options = {"device": "cuda", "provider": "reference", "deadline": time.time() + 1e6}
+    session.run(store, cases, clock.CudaClock(), **options, rounds=(3, 3))
+    assert stored(store)["cases"][cases[0].name]["rows"]["fused"]["status"] == "measured"
