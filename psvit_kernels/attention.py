@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, choice
 from .codes import CODES
 from .maps import AttentionMap, DenseMap, FactoredMap, Links, QuantizedMap, row_pitch
 from .registry import call, register
 
-FORMS = (None, "dense", *CODES, "factored")
+FORMS = (None, "dense", *CODES, "factored", "auto")
 
 
 def attention(
@@ -23,7 +23,7 @@ def attention(
     *,
     scale: float | None = None,
     bias: Tensor | None = None,
-    return_map: Literal["dense", "uint8", "e4m3", "factored"] | None = None,
+    return_map: Literal["dense", "uint8", "e4m3", "factored", "auto"] | None = None,
     reuses: int = 1,
 ) -> tuple[Tensor, AttentionMap | None]:
     """O = P V with P = softmax(scale Q K^T + bias), and P itself if asked for.
@@ -37,8 +37,9 @@ def attention(
         bias: added to the scores, broadcastable to `[B, H, M, N]`, the dtype of q: masks (-inf),
             key bias, relative positions. Gradients reach it. A row of -inf alone gives NaN.
         return_map: None, "dense" (the probabilities, in the dtype of q), "uint8" or "e4m3" (8 bits
-            an element and a scale per row, see ``QuantizedMap``) or "factored" (q, k and the
-            log-sum-exp of each row: O(N) memory).
+            an element and a scale per row, see ``QuantizedMap``), "factored" (q, k and the
+            log-sum-exp of each row: O(N) memory), or "auto": the fastest for this shape, this
+            machine and so many reuses, exact where gradients are wanted (see ``explain``).
         reuses: how many layers will apply the map. That many gradients come back to q, k and bias
             without an N x N gradient in memory; more than that are right too, by way of one.
 
@@ -61,32 +62,32 @@ def attention(
         raise ValueError(
             f"return_map: got {return_map!r}, expected one of {', '.join(map(repr, FORMS))}"
         )
+    if checks.integer("reuses", reuses) < 0:
+        raise ValueError(f"reuses: got {reuses}, expected 0 or more")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else checks.number("scale", scale)
-    links = _links_wanted(q, k, bias, return_map, reuses)
+    trained = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, bias)
+    )
+    form: str | None = return_map
+    if form == "auto":
+        sizes = (*q.shape[:3], k.shape[2], q.shape[3])
+        form = choice.resolve(sizes, max(1, reuses), q.dtype, q.device, trained)
+    links = reuses if trained and form is not None else 0
     ops = torch.ops.psvit_kernels
-    if return_map in CODES:
-        code = CODES[return_map]
+    if form in CODES:
+        code = CODES[form]
         out, coded, row_scale, lse, pairs = ops.attention_quantized(
             q, k, v, bias, scale, code, links
         )
         attn_map: AttentionMap = QuantizedMap(coded, row_scale, k.shape[2], q.dtype)
     else:
-        dense = return_map == "dense"
+        dense = form == "dense"
         out, storage, lse, pairs = ops.attention(q, k, v, bias, scale, dense, links)
-        if return_map is None:
+        if form is None:
             return out.transpose(1, 2), None
         attn_map = DenseMap(storage, k.shape[2]) if dense else FactoredMap(q, k, lse, scale, bias)
     attn_map.links = Links(lse, pairs) if links else None
     return out.transpose(1, 2), attn_map
-
-
-def _links_wanted(
-    q: Tensor, k: Tensor, bias: Tensor | None, return_map: str | None, reuses: int
-) -> int:
-    if checks.integer("reuses", reuses) < 0:
-        raise ValueError(f"reuses: got {reuses}, expected 0 or more")
-    trained = q.requires_grad or k.requires_grad or (bias is not None and bias.requires_grad)
-    return reuses if return_map is not None and trained and torch.is_grad_enabled() else 0
 
 
 def _checked(

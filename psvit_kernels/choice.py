@@ -176,12 +176,15 @@ def resolve(
     return choose_form(shape, reuses, dtype, device, needs_grad)
 
 
-@torch.compiler.assume_constant_result
 def _resolve_traced(
     shape: Shape, reuses: int, dtype: torch.dtype, device: torch.device, needs_grad: bool
 ) -> str:
     rates = probe.rates(device, may_measure=False)
     return choose_form(shape, reuses, dtype, device, needs_grad, rates)
+
+
+# What torch.compiler.assume_constant_result does, but that imports the compiler: three seconds.
+_resolve_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _hint(size: int) -> int:

@@ -35,9 +35,7 @@ class Rates(NamedTuple):
     bfloat16: float
     float16: float
     memory: float  # bytes, all that the device has
-    eight_bits: (
-        str | None
-    )  # the code of 8-bit maps that suits the device, if it has kernels for any
+    eight_bits: str | None  # the code of 8-bit maps, if there are kernels for any
     origin: str  # where the rates come from
 
     def matrix(self, dtype: torch.dtype) -> float:
@@ -153,9 +151,8 @@ def cpu_name() -> str:
 def _hardware(device: torch.device) -> tuple[float, str | None]:
     """Bytes of memory, and the code of 8-bit maps that suits it."""
     if device.type == "cuda":
-        converts = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return float(memory), "e4m3" if converts else "uint8"
+        # Not e4m3, where the hardware has it: it takes as many bytes and is less exact.
+        return float(torch.cuda.get_device_properties(device).total_memory), "uint8"
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), None
     except (AttributeError, OSError, ValueError):

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from psvit_kernels.codes import CODES
 from psvit_kernels.maps import row_pitch
 from psvit_kernels.triton import launch, provider
+from psvit_kernels.triton.exponentials import exponentials
 
 #: Bytes of shared memory that one program may have.
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -249,6 +250,7 @@ CASES: dict[str, Callable[[], None]] = {
     "apply backward, factored, linked": partial(_apply_backward, 577, "factored", True),
     "apply backward, factored": partial(_apply_backward, 577, "factored", False),
     "apply backward, dense, linked, float32": partial(_apply_backward, 197, "dense", True, F32),
+    "exponentials": lambda: exponentials(torch.empty(4096, 4096)),
     "pool, max": partial(_pool_forward, "max", False),
     "pool, max, norm": partial(_pool_forward, "max", True),
     "pool, avg, norm": partial(_pool_forward, "avg", True),

@@ -39,6 +39,11 @@ def factored(**changed) -> pk.FactoredMap:
     return pk.FactoredMap(**args | changed)
 
 
+def quantized(**changed) -> pk.QuantizedMap:
+    args = {"codes": t(2, 3, 5, 16, dtype=torch.uint8), "row_scale": t(2, 3, 5), "n": 5}
+    return pk.QuantizedMap(**{**args, "dtype": F32, **changed})
+
+
 def apply(attn_map=None, v=None, **options):
     attn_map = dense(2, 3, 5, 5) if attn_map is None else attn_map
     return pk.apply_attention(attn_map, t(2, 3, 5, 16) if v is None else v, **options)
@@ -53,7 +58,11 @@ def conv(**changed):
     return pool(**args)
 
 
+FORMS = "None, 'dense', 'uint8', 'e4m3', 'factored', 'auto'"
+
 ATTENTION = [
+    (lambda: attend(reuses=-1), ValueError, "reuses: got -1, expected 0 or more"),
+    (lambda: attend(reuses=1.5), TypeError, "reuses: got 1.5, expected an integer"),
     (lambda: attend(q=[1.0]), TypeError, "q: got list, expected a Tensor of shape (B, H, M, d)"),
     (lambda: attend(k=None), TypeError, "k: got NoneType, expected a Tensor of shape (B, H, N, d)"),
     (lambda: attend(q=t(3, 5, 16)), ValueError, "q: got shape (3, 5, 16), expected (B, H, M, d)"),
@@ -145,12 +154,12 @@ ATTENTION = [
     (
         lambda: attend(return_map="sparse"),
         ValueError,
-        'return_map: got \'sparse\', expected None, "dense" or "factored"',
+        f"return_map: got 'sparse', expected one of {FORMS}",
     ),
     (
         lambda: attend(return_map=True),
         ValueError,
-        'return_map: got True, expected None, "dense" or "factored"',
+        f"return_map: got True, expected one of {FORMS}",
     ),
     (lambda: attend(scale="small"), TypeError, "scale: got 'small', expected a number"),
     (lambda: attend(scale=(1, 2)), TypeError, "scale: got (1, 2), expected a number"),
@@ -191,15 +200,36 @@ ATTENTION = [
 
 APPLY = [
     (
+        lambda: apply(dropout=1.0),
+        ValueError,
+        "dropout: got 1.0, expected a probability from 0 to below 1",
+    ),
+    (
+        lambda: apply(dropout=-0.1),
+        ValueError,
+        "dropout: got -0.1, expected a probability from 0 to below 1",
+    ),
+    (lambda: apply(dropout="some"), TypeError, "dropout: got 'some', expected a number"),
+    (
+        lambda: apply(quantized(), t(2, 3, 5, 16, dtype=BF16)),
+        TypeError,
+        "v: got dtype torch.bfloat16, expected torch.float32 as the map",
+    ),
+    (
+        lambda: apply(quantized(), t(2, 3, 6, 16)),
+        ValueError,
+        "v: got shape (2, 3, 6, 16) with tokens 6, expected 5 as the map",
+    ),
+    (
         lambda: apply(t(2, 3, 5, 5)),
         TypeError,
-        "attn_map: got Tensor, expected a DenseMap or FactoredMap; "
+        "attn_map: got Tensor, expected a DenseMap, QuantizedMap or FactoredMap; "
         "DenseMap.from_dense(probabilities) makes one",
     ),
     (
         lambda: apply(pk.AttentionMap()),
         TypeError,
-        "attn_map: got AttentionMap, expected a DenseMap or FactoredMap; "
+        "attn_map: got AttentionMap, expected a DenseMap, QuantizedMap or FactoredMap; "
         "DenseMap.from_dense(probabilities) makes one",
     ),
     (
@@ -360,6 +390,34 @@ MAPS = [
         lambda: pk.DenseMap(strided(1, 3, 5, 8), 8),
         ValueError,
         "storage: got stride 2 on the last dimension, expected 1; call .contiguous() on it",
+    ),
+    (
+        lambda: pk.QuantizedMap.from_dense(t(1, 3, 5, 5), "int4"),
+        ValueError,
+        'code: got \'int4\', expected "uint8" or "e4m3"',
+    ),
+    (
+        lambda: quantized(codes=t(2, 3, 5, 16)),
+        TypeError,
+        "codes: got (2, 3, 5, 16), torch.float32, expected (B or 1, H, M, pitch), torch.uint8 or "
+        "torch.float8_e4m3fn",
+    ),
+    (
+        lambda: quantized(row_scale=t(2, 3, 6)),
+        ValueError,
+        "row_scale: got shape (2, 3, 6), torch.float32 on cpu, expected (2, 3, 5), torch.float32 "
+        "on cpu",
+    ),
+    (
+        lambda: quantized(n=17),
+        ValueError,
+        "n: got 17 for codes of shape (2, 3, 5, 16), expected 1 to 16, the number of columns that "
+        "count",
+    ),
+    (
+        lambda: quantized(dtype=torch.int64),
+        TypeError,
+        "dtype: got torch.int64, expected a floating-point dtype",
     ),
     (lambda: factored(q=t(3, 5, 16)), ValueError, "q: got shape (3, 5, 16), expected (B, H, M, d)"),
     (

@@ -22,7 +22,7 @@ ARCHITECTURES = (80, 90, 100)
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 #: Kernels without a product.
-NO_PRODUCT = ("_pool", "_delta")
+NO_PRODUCT = ("_pool", "_delta", "_exponentials")
 
 
 @pytest.fixture(scope="module")
