@@ -40,8 +40,9 @@ class CudaClock:
 
     def __init__(self) -> None:
         self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-        # Lines that were only read leave the cache without being written to memory meanwhile.
-        self._large = torch.ones(self.cache_bytes, dtype=torch.float32, device="cuda")
+        # Eight times the cache. Lines that were only read leave it without being written to memory
+        # meanwhile; and while it is read, there is time to launch what is timed.
+        self._large = torch.ones(2 * self.cache_bytes, dtype=torch.float32, device="cuda")
         self._stream = torch.cuda.Stream()
 
     def sets(self, nbytes: float) -> int:
