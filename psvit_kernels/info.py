@@ -13,6 +13,7 @@ import torch
 from . import cpu, probe, registry
 from .choice import scaled
 from .maps import ROW_ALIGNMENT
+from .triton import provider as triton
 
 #: Distributions whose versions matter; none of them is imported to find out.
 PACKAGES = (
@@ -70,6 +71,9 @@ def collect() -> dict[str, Any]:
         "fallbacks": dict(registry.fallbacks),
         "rates": _rates(),
         "limits": {
+            "triton": "float32, bfloat16 and float16, head dim up to "
+            f"{triton.MAX_HEAD_DIM}, compute capability {triton.MIN_CAPABILITY[0]}.0 and up; not "
+            "run on hardware yet",
             "cpu": f"float32 and bfloat16, head dim up to {cpu.MAX_HEAD_DIM}; the reference serves "
             "the rest, down to float16 and up to float64, and 8-bit maps and attention dropout",
             "map rows": f"start on multiples of {ROW_ALIGNMENT} bytes",
@@ -120,15 +124,10 @@ def _native(question: str) -> str | None:
 
 
 def _providers() -> dict[str, str]:
-    states = {
+    return {
         name: "ready" if missing is None else f"missing: {missing}"
         for name, missing in registry.providers().items()
     }
-    if not torch.cuda.is_available():
-        states["gpu"] = "no provider yet, and no GPU that PyTorch can use here"
-    else:
-        states["gpu"] = "no provider yet: on a GPU, the reference serves"
-    return states
 
 
 def _rates() -> dict[str, dict[str, float]]:
