@@ -299,8 +299,8 @@ def token_pool(
 ):  # fmt: skip
     if residual is not None:
         pool = (grid, prefix, kind, kernel, stride, padding, weight, bias, groups)
-        pool += (norm_weight, norm_bias, norm_eps)
-        return token_pool(x.float() + residual, None, *pool).to(x.dtype)
+        norm = (norm_weight, norm_bias, norm_eps)
+        return token_pool(x.float() + residual, None, *pool, *norm).to(x.dtype)
     b, _, c = x.shape
     new_grid = pooled_grid(grid, kernel, stride, padding)
     out = x.new_empty(b, prefix + new_grid[0] * new_grid[1], c)
@@ -319,8 +319,9 @@ def token_pool_backward(
 ):  # fmt: skip
     if residual is not None:
         pool = (grid, prefix, kind, kernel, stride, padding, weight, bias, groups)
-        pool += (norm_weight, norm_bias, norm_eps)
-        dx, *others = token_pool_backward(grad_out.float(), x.float() + residual, None, *pool)
+        norm = (norm_weight, norm_bias, norm_eps)
+        total = x.float() + residual
+        dx, *others = token_pool_backward(grad_out.float(), total, None, *pool, *norm)
         return dx.to(x.dtype), *others
     absent = x.new_empty(0)
     dnorm_weight = dnorm_bias = absent

@@ -113,28 +113,42 @@ def apply_map_gradient(dtype: torch.dtype) -> list[Config]:
 
 
 def pool(dtype: torch.dtype) -> list[Config]:
-    """Lines of 128 bytes; 8 to 32 elements a thread, times the taps of a window in flight."""
-    wide = 256 // dtype.itemsize
+    """Lines of 128 bytes, and tokens of a few rows of a grid, whose windows overlap; 8 or 16
+    elements a thread, times the taps of a window in flight."""
+    line = 128 // dtype.itemsize
     return [
-        Config({"BLOCK_T": 16, "BLOCK_C": wide // 2}, num_warps=4, num_stages=1),
-        Config({"BLOCK_T": 32, "BLOCK_C": wide // 2}, num_warps=4, num_stages=1),
-        Config({"BLOCK_T": 8, "BLOCK_C": wide}, num_warps=4, num_stages=1),
-        Config({"BLOCK_T": 64, "BLOCK_C": wide // 2}, num_warps=8, num_stages=1),
+        Config({"BLOCK_T": 32, "BLOCK_C": line}, num_warps=4, num_stages=1),
+        Config({"BLOCK_T": 16, "BLOCK_C": line}, num_warps=4, num_stages=1),
+        Config({"BLOCK_T": 64, "BLOCK_C": line}, num_warps=8, num_stages=1),
+        Config({"BLOCK_T": 8, "BLOCK_C": 2 * line}, num_warps=4, num_stages=1),
     ]
 
 
-def pool_norm(channels: int) -> list[Config]:
-    """Whole rows, 16 elements a thread where the rows aren't longer; more rows share more halo."""
-    block = padded(channels)
+def pool_norm(channels: int, rows: int) -> list[Config]:
+    """Whole rows of the result, with all warps along them, so that what is read for a channel is
+    read by the thread that needs it. Consecutive steps find each other's tokens in the L1 cache:
+    as many as leave some hundred programs."""
+    block, warps = _row(channels)
+    tokens = max(1, 512 * warps // block)
+    steps = max(1, min(8, rows // (512 * tokens)))
     return [
-        Config({"BLOCK_T": max(1, size // block), "BLOCK_C": block}, num_warps=warps, num_stages=1)
-        for size, warps in ((4096, 8), (8192, 8), (8192, 16), (2048, 4))
+        Config({"BLOCK_T": t, "BLOCK_C": block, "STEPS": s}, num_warps=warps, num_stages=1)
+        for t, s in ((tokens, steps), (2 * tokens, max(1, steps // 2)), (tokens, 2 * steps))
     ]
 
 
 def pool_norm_backward(channels: int) -> list[Config]:
-    """As ``pool_norm``, but one: its block says how many programs there are, and what they sum."""
-    return pool_norm(channels)[:1]
+    """Half as many tokens, for there is more to hold. One, because its block says what is summed
+    before what: another would give other bits."""
+    block, warps = _row(channels)
+    tokens = max(1, 256 * warps // block)
+    return [Config({"BLOCK_T": tokens, "BLOCK_C": block}, num_warps=warps, num_stages=1)]
+
+
+def _row(channels: int) -> tuple[int, int]:
+    """Channels of a block that holds whole rows, and warps with 8 of them a thread."""
+    block = padded(channels)
+    return block, max(1, min(16, block // 256))
 
 
 def pool_weight(dtype: torch.dtype) -> list[Config]:

@@ -17,6 +17,9 @@ from .launch import bucket, launch
 #: The kernels' kinds: a stride is the average of a window of one token.
 KINDS = {"max": "max", "avg": "avg", "stride": "avg", "conv": "conv"}
 
+#: From so many tokens on, a copy of a depthwise weight pays: see ``taps_first``.
+MANY = 4096
+
 #: Windows of up to so many tokens are unrolled, so that all their loads are in flight together.
 UNROLL: tl.constexpr = tl.constexpr(16)
 
@@ -42,6 +45,7 @@ def token_pool(
         out = convolution.convolve(x, residual, grid, prefix, window, weight, bias, groups)
         return convolution.normalize(out, norm_weight, norm_bias, norm_eps)
     b, _, c = x.shape
+    weight = taps_first(weight, x)
     h, w = pooled_grid(grid, *window)
     out = x.new_empty(b, prefix + h * w, c)
     rows = b * out.shape[1]
@@ -52,10 +56,15 @@ def token_pool(
         "norm_bias_ptr": None if norm_bias is None else norm_bias.contiguous(),
         "norm_eps": norm_eps,
     }
-    table = configs.pool(x.dtype) if norm_weight is None else configs.pool_norm(c)
+    table = configs.pool_norm(c, rows)
+    if norm_weight is None:
+        table = configs.pool(x.dtype)
+        arguments["STEPS"] = 1
     launch(
         _pool_kernel,
-        lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(c, meta["BLOCK_C"]),),
+        lambda meta: (
+            triton.cdiv(rows, meta["BLOCK_T"] * meta["STEPS"]) * triton.cdiv(c, meta["BLOCK_C"]),
+        ),
         arguments,
         table,
         (bucket(rows), c, *map(tuple, window), kind),
@@ -109,6 +118,18 @@ def strides(name: str, t: Tensor | None) -> dict[str, int]:
     """Of the batch and of the tokens."""
     stride_b, stride_n = (0, 0) if t is None else t.stride()[:2]
     return {f"{name}_stride_b": stride_b, f"{name}_stride_n": stride_n}
+
+
+def taps_first(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """A depthwise weight whose neighbouring channels are neighbours in memory, as those of x are.
+
+    As it usually lies, all taps of a channel together, every program collects it in many small
+    reads. One more launch, so only where there are many tokens, and weights that already lie like
+    this are not copied.
+    """
+    if weight is None or weight.stride(0) == 1 or x.shape[0] * x.shape[1] < MANY:
+        return weight
+    return weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
 def taps(weight: Tensor | None) -> dict[str, object]:
@@ -223,26 +244,27 @@ def _pool_kernel(
     x_stride_b, x_stride_n, residual_stride_b, residual_stride_n,
     weight_stride_c, weight_stride_y, weight_stride_x,
     KIND: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Reads each token once from memory, as the windows of a block overlap in the L1 cache and
-    those of neighbouring blocks in the L2 cache; writes each result once."""
+    """Reads each token once from memory, as the windows of a program overlap in the L1 cache and
+    those of its neighbours in the L2 cache; writes each result once."""
     blocks = tl.cdiv(c, BLOCK_C)
-    image, token = rows_of(tl.program_id(0) // blocks, tokens, BLOCK_T)
     channels = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    value, _ = pool_tile(
-        x_ptr, residual_ptr, weight_ptr, bias_ptr, image, token, channels, batch,
-        prefix, h, w, new_w, c, x_stride_b, x_stride_n, residual_stride_b, residual_stride_n,
-        weight_stride_c, weight_stride_y, weight_stride_x, KIND, KERNEL, STRIDE, PADDING,
-    )  # fmt: skip
     in_row = channels < c
-    if norm_weight_ptr is not None:
-        value, _ = normalized(value, in_row[None, :], c, norm_eps)
-        norm_weight = tl.load(norm_weight_ptr + channels, mask=in_row, other=0.0).to(tl.float32)
-        value *= norm_weight[None, :]
-        if norm_bias_ptr is not None:
-            norm_bias = tl.load(norm_bias_ptr + channels, mask=in_row, other=0.0).to(tl.float32)
-            value += norm_bias[None, :]
-    pointers = out_ptr + ((image * tokens + token) * c)[:, None] + channels[None, :]
-    mask = (image < batch)[:, None] & in_row[None, :]
-    tl.store(pointers, value.to(out_ptr.dtype.element_ty), mask=mask)
+    for step in range(STEPS):
+        image, token = rows_of(tl.program_id(0) // blocks * STEPS + step, tokens, BLOCK_T)
+        value, _ = pool_tile(
+            x_ptr, residual_ptr, weight_ptr, bias_ptr, image, token, channels, batch,
+            prefix, h, w, new_w, c, x_stride_b, x_stride_n, residual_stride_b, residual_stride_n,
+            weight_stride_c, weight_stride_y, weight_stride_x, KIND, KERNEL, STRIDE, PADDING,
+        )  # fmt: skip
+        if norm_weight_ptr is not None:
+            value, _ = normalized(value, in_row[None, :], c, norm_eps)
+            factor = tl.load(norm_weight_ptr + channels, mask=in_row, other=0.0).to(tl.float32)
+            value *= factor[None, :]
+            if norm_bias_ptr is not None:
+                bias = tl.load(norm_bias_ptr + channels, mask=in_row, other=0.0).to(tl.float32)
+                value += bias[None, :]
+        pointers = out_ptr + ((image * tokens + token) * c)[:, None] + channels[None, :]
+        mask = (image < batch)[:, None] & in_row[None, :]
+        tl.store(pointers, value.to(out_ptr.dtype.element_ty), mask=mask)

@@ -26,11 +26,20 @@ from torch import Tensor
 from ..grid import pooled_grid
 from . import configs, convolution
 from .launch import bucket, launch
-from .pool import geometry, normalized, pool_tile, rows_of, strides, taps, tile_arguments
+from .pool import (
+    geometry,
+    normalized,
+    pool_tile,
+    rows_of,
+    strides,
+    taps,
+    taps_first,
+    tile_arguments,
+)
 
-#: Programs that share LayerNorm's sums over tokens, and the slices of the sums of dweight: fixed,
-#: so that the order of additions, and with it every bit, depends on the shapes alone.
-PROGRAMS = 256
+#: Warps that share LayerNorm's sums over tokens, and the slices of the sums of dweight: fixed, so
+#: that the order of additions, and with it every bit, depends on the shapes alone.
+WARPS = 2048
 SLICES = 128
 
 Window = tuple[list[int], list[int], list[int]]
@@ -61,6 +70,7 @@ def token_pool_backward(
         )  # fmt: skip
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
+    weight = taps_first(weight, x)
     pooled = tile_arguments(x, residual, grid, prefix, kind, window, weight, bias)
     absent = x.new_empty(0)
     dweight = dbias = dnorm_weight = dnorm_bias = absent
@@ -96,7 +106,8 @@ def _through_norm(
     dpooled = grad_out.new_empty(grad_out.shape)
     table = configs.pool_norm_backward(c)
     blocks = triton.cdiv(b * tokens, table[0].kwargs["BLOCK_T"])
-    programs = min(PROGRAMS, blocks)
+    steps = triton.cdiv(blocks, WARPS // table[0].num_warps)
+    programs = triton.cdiv(blocks, max(1, steps))
     sums = grad_out.new_empty(programs, 2, c, dtype=torch.float32)
     arguments = {
         "grad_ptr": grad_out,
@@ -105,7 +116,7 @@ def _through_norm(
         "dpooled_ptr": dpooled,
         "sums_ptr": sums,
         "norm_eps": norm_eps,
-        "blocks": blocks,
+        "steps": steps,
         **pooled,
         **strides("grad", grad_out),
     }
@@ -205,21 +216,21 @@ def _weigh(
 @triton.jit
 def _pool_backward_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, grad_ptr, norm_weight_ptr, dpooled_ptr, winner_ptr,
-    sums_ptr, norm_eps, blocks, batch, tokens, prefix, h, w, new_w, c,
+    sums_ptr, norm_eps, steps, batch, tokens, prefix, h, w, new_w, c,
     x_stride_b, x_stride_n, residual_stride_b, residual_stride_n, grad_stride_b, grad_stride_n,
     weight_stride_c, weight_stride_y, weight_stride_x,
     KIND: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Pools again, and takes the gradient back through LayerNorm; a program takes every so-many-th
-    block of tokens and adds up its share of the gradients of LayerNorm's weight and bias."""
+    """Pools again, and takes the gradient back through LayerNorm; a program takes consecutive
+    blocks of tokens and adds up their share of the gradients of LayerNorm's weight and bias."""
     channels = tl.arange(0, BLOCK_C)
     in_row = (channels < c)[None, :]
     norm_weight = tl.load(norm_weight_ptr + channels, mask=channels < c, other=0.0).to(tl.float32)
     dnorm_weight = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     dnorm_bias = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        image, token = rows_of(block, tokens, BLOCK_T)
+    for step in range(steps):
+        image, token = rows_of(tl.program_id(0) * steps + step, tokens, BLOCK_T)
         value, winner = pool_tile(
             x_ptr, residual_ptr, weight_ptr, bias_ptr, image, token, channels, batch,
             prefix, h, w, new_w, c, x_stride_b, x_stride_n, residual_stride_b, residual_stride_n,
