@@ -157,7 +157,7 @@ def _apply_stored(
         | value_arguments(v)
         | reuse_arguments(head_index, dropout, seed, v.device)
         | {"correction_ptr": None if correction is None else correction.contiguous()},
-        configs.apply_stored(v.dtype, storage.element_size()),
+        configs.apply_stored(v.dtype, storage.element_size(), seed is not None),
         (bucket(b * h), bucket(m), bucket(n), d),
     )
     return out
@@ -295,7 +295,7 @@ def apply_factored(
         | value_arguments(v)
         | reuse_arguments(head_index, dropout, seed, v.device)
         | {"correction_ptr": None if correction is None else correction.contiguous()},
-        configs.apply_factored(v.dtype, max(d, q.shape[3])),
+        configs.apply_factored(v.dtype, max(d, q.shape[3]), seed is not None),
         (bucket(b * h), bucket(m), bucket(n), d, q.shape[3]),
     )
     return out

@@ -166,7 +166,7 @@ def _stored_values(
     pv: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     of_map = map_arguments(storage, row_scale)
-    table = configs.apply_values_stored(v.dtype)
+    table = configs.apply_values_stored(v.dtype, storage.element_size(), reuse[2] is not None)
     return _values(_values_stored_kernel, of_map, table, grad, v, reuse, pv)
 
 
@@ -178,7 +178,7 @@ def _factored_values(
     pv: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     of_map = factor_arguments(*factors)
-    table = configs.apply_values_factored(v.dtype)
+    table = configs.apply_values_factored(v.dtype, reuse[2] is not None)
     return _values(_values_factored_kernel, of_map, table, grad, v, reuse, pv)
 
 
@@ -298,7 +298,7 @@ def _map_gradient(
         | {"map_batch": map_batch, "units": pitch // unit, "UNIT": unit}
         | value_arguments(v)
         | _grad_arguments(grad),
-        configs.apply_map_gradient(v.dtype),
+        configs.apply_map_gradient(v.dtype, seed is not None),
         (bucket(map_batch * donor_heads), bucket(m), bucket(n), d),
     )
     return dmap

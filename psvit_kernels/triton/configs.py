@@ -13,20 +13,30 @@ from .tiles import padded
 # --- attention ------------------------------------------------------------------------------
 
 
-def attention_short(dtype: torch.dtype, d: int) -> list[Config]:
-    if dtype == torch.float32:
-        return [Config({"BLOCK_M": 16}, num_warps=4, num_stages=1)]
-    return [
-        Config({"BLOCK_M": 64}, num_warps=4, num_stages=1),
-        Config({"BLOCK_M": 128}, num_warps=8, num_stages=1),
-    ]
+def attention_short(capability: tuple[int, int], columns: int) -> list[Config]:
+    """64 rows a warp group, what wgmma takes: (columns + d') / 2 registers a thread hold scores and
+    output. 128 rows read K and V half as often, with twice the shared memory; with more than 208
+    columns they spill on sm_100. Before sm_90, K and V pass through registers too, and 32 rows fit.
+    """
+    if capability < (9, 0):
+        return [Config({"BLOCK_M": 32}, num_warps=4, num_stages=1)]
+    found = [Config({"BLOCK_M": 64}, num_warps=4, num_stages=1)]
+    if columns <= 208:
+        found.append(Config({"BLOCK_M": 128}, num_warps=8, num_stages=1))
+    return found
 
 
-def attention_stream(dtype: torch.dtype, d: int) -> list[Config]:
+def attention_stream(dtype: torch.dtype, d: int, biased: bool) -> list[Config]:
+    """The most that doesn't spill: 128 columns, or 128 rows of wide heads, do on sm_80; 64 columns
+    of wide heads and of a bias everywhere; float32, without tensor cores, any more than these."""
     if dtype == torch.float32:
-        return [Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2)]
+        return [Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4 if d <= 64 else 8, num_stages=2)]
+    if d > 64:
+        wide = Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2)
+        narrow = Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2)
+        return [narrow] if biased else [wide, narrow]
     return [
-        Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
+        Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
         Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
     ]
 
@@ -38,71 +48,104 @@ def attention_delta(dtype: torch.dtype) -> list[Config]:
     return [Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=1)]
 
 
-def attention_backward(dtype: torch.dtype, d: int, pairs: int) -> list[Config]:
+def attention_backward(
+    capability: tuple[int, int], dtype: torch.dtype, d: int, pairs: int
+) -> list[Config]:
+    """Two sums of BLOCK_OWN x d, scores and dP of BLOCK_OWN x BLOCK are in registers; the owned
+    rows of two tensors and of one more for each pair, and two stages of as many walked ones, in
+    shared memory. Before sm_90 operands pass through registers, and 64 walked rows don't fit.
+    """
     if dtype == torch.float32:
-        return [Config({"BLOCK_OWN": 32, "BLOCK": 32}, num_warps=4, num_stages=1)]
-    return [Config({"BLOCK_OWN": 64, "BLOCK": 64}, num_warps=4, num_stages=2)]
+        return [
+            Config({"BLOCK_OWN": 32 if d <= 64 else 16, "BLOCK": 16}, num_warps=8, num_stages=2)
+        ]
+    if d > 64:
+        table = [Config({"BLOCK_OWN": 64, "BLOCK": 32}, num_warps=8, num_stages=2)]
+        if capability < (9, 0) or pairs:
+            return table
+        return [Config({"BLOCK_OWN": 128, "BLOCK": 32}, num_warps=8, num_stages=2), *table]
+    table = [
+        Config({"BLOCK_OWN": 128, "BLOCK": 32}, num_warps=8, num_stages=2),
+        Config({"BLOCK_OWN": 64, "BLOCK": 32}, num_warps=8, num_stages=2),
+    ]
+    if capability < (9, 0) or pairs > 3:
+        return table
+    return [Config({"BLOCK_OWN": 128, "BLOCK": 64}, num_warps=8, num_stages=2), *table]
 
 
 # --- apply_attention ------------------------------------------------------------------------
 
 
-def apply_stored(dtype: torch.dtype, itemsize: int) -> list[Config]:
+def apply_stored(dtype: torch.dtype, itemsize: int, dropout: bool) -> list[Config]:
     """Many rows a block, so that V is fetched from the L2 cache seldom; small enough for at least
     two programs at a time on a multiprocessor, so that one reads while another starts or ends.
 
     With 700 ns of latency, 4 TB/s take 22 KB of the map on their way to each multiprocessor of an
-    H200. The first below has 3 programs x 3 stages x 16 KB there (8 KB with one byte an element).
+    H200. The first below has 3 programs x 3 stages x 16 KB there; with one byte an element, whose
+    decoding takes registers, 2 x 3 x 8 KB. Random numbers take more of them.
     """
     if dtype == torch.float32:
         return [Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=3)]
-    if itemsize == 1:
-        return [
-            Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-            Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3),
-            Config({"BLOCK_M": 256, "BLOCK_N": 64}, num_warps=8, num_stages=3),
-        ]
-    return [
-        Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-        Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=2),
-        Config({"BLOCK_M": 256, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+    table = [
+        Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
         Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=4),
     ]
-
-
-def apply_factored(dtype: torch.dtype, d: int) -> list[Config]:
-    if dtype == torch.float32:
-        return [Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2)]
+    if dropout:
+        return table[:1]
+    if itemsize == 1:
+        return [*table, Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3)]
     return [
+        *table,
+        Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=2),
+        Config({"BLOCK_M": 256, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+    ]
+
+
+def apply_factored(dtype: torch.dtype, d: int, dropout: bool) -> list[Config]:
+    """The tiles of flash attention; with four warps, more columns or longer heads, P and O together
+    would not fit into registers."""
+    if dtype == torch.float32:
+        return [Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2)]
+    if dropout:
+        return [Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2)]
+    table = [Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3)]
+    if d > 64:
+        return [*table, Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2)]
+    return [
+        *table,
         Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-        Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
         Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=2),
     ]
 
 
-def apply_values_stored(dtype: torch.dtype) -> list[Config]:
-    """Many columns a block, so that dO is fetched from the L2 cache seldom."""
+def apply_values_stored(dtype: torch.dtype, itemsize: int, dropout: bool) -> list[Config]:
+    """Many columns a block, so that dO is fetched from the L2 cache seldom; with 8-bit codes, whose
+    tiles pass through registers to be transposed, fewer."""
     if dtype == torch.float32:
-        return [Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=3)]
-    return [
-        Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3),
-        Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-    ]
+        return [Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=3)]
+    table = [Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3)]
+    if itemsize == 1 or dropout:
+        return table
+    return [Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=8, num_stages=3), *table]
 
 
-def apply_values_factored(dtype: torch.dtype) -> list[Config]:
+def apply_values_factored(dtype: torch.dtype, dropout: bool) -> list[Config]:
     if dtype == torch.float32:
-        return [Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2)]
+        return [Config({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=4, num_stages=2)]
+    if dropout:
+        return [Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2)]
     return [
         Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=8, num_stages=3),
         Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
     ]
 
 
-def apply_map_gradient(dtype: torch.dtype) -> list[Config]:
+def apply_map_gradient(dtype: torch.dtype, dropout: bool) -> list[Config]:
     """Bound by writing: one tile a program, unless sequences or heads are summed."""
     if dtype == torch.float32:
-        return [Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1)]
+        return [Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)]
+    if dropout:
+        return [Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1)]
     return [
         Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=1),
         Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=1),
