@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from triton.compiler import ASTSource
 
 from psvit_kernels.codes import CODES
 from psvit_kernels.maps import row_pitch
-from psvit_kernels.triton import launch, provider
+from psvit_kernels.triton import attention, launch, provider
 from psvit_kernels.triton.exponentials import exponentials
 
 #: Bytes of shared memory that one program may have.
@@ -56,8 +57,8 @@ class Compiled(NamedTuple):
     assembly: str
 
 
-def launches(call: Callable[[], object]) -> list[Launch]:
-    """What ``call`` launches, once for each configuration of its table."""
+def launches(call: Callable[[], object], capability: tuple[int, int]) -> list[Launch]:
+    """What ``call`` launches on such a GPU, once for each configuration of its table."""
     caught: list[Launch] = []
 
     def catch(kernel, grid, arguments, configs, key):
@@ -65,12 +66,12 @@ def launches(call: Callable[[], object]) -> list[Launch]:
             caught.append(_launch(kernel, arguments, config))
             assert all(n > 0 for n in grid({**arguments, **config.all_kwargs()}))
 
-    run, launch.run = launch.run, catch
-    try:
-        with torch.device("meta"):
-            call()
-    finally:
-        launch.run = run
+    with (
+        patch.object(launch, "run", catch),
+        patch.object(attention, "capability", lambda device: capability),
+        torch.device("meta"),
+    ):
+        call()
     return caught
 
 
@@ -266,4 +267,5 @@ CASES: dict[str, Callable[[], None]] = {
 def compiled_case(name: str, backend: str, architecture: int | str, warp: int) -> list[Compiled]:
     """Every kernel and configuration of a case for one target."""
     target = GPUTarget(backend, architecture, warp)
-    return [compiled(one, target) for one in launches(CASES[name])]
+    capability = divmod(architecture, 10) if isinstance(architecture, int) else (9, 4)
+    return [compiled(one, target) for one in launches(CASES[name], capability)]

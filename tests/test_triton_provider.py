@@ -23,7 +23,7 @@ def gpu(monkeypatch):
     """As if there were a GPU, of Hopper's capability."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(provider, "missing", lambda: None)
-    monkeypatch.setattr(provider, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(provider, "capability", lambda device: (9, 0))
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = F32):
@@ -68,7 +68,7 @@ def test_head_dims_that_it_serves(gpu):
 
 
 def test_gpu_that_is_too_old(gpu, monkeypatch):
-    monkeypatch.setattr(provider, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(provider, "capability", lambda device: (7, 5))
     assert reason(1, 1, 4, 16) == "compute capability (7, 5), below (8, 0)"
 
 

@@ -12,14 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..maps import row_pitch
-from . import configs
+from . import capability, configs
 from .launch import bucket, launch
-from .tiles import LOG2E, decode, encode, padded, precision, tail
+from .tiles import LOG2E, encode, load_rows, load_tile, padded, place, precision, tail
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-#: Longest row whose scores are all held in registers.
-SHORT = 272
 
 
 def attention(
@@ -81,94 +78,106 @@ def _attend(
         "BLOCK_DV": padded(dv),
         "PRECISION": precision(q.dtype),
     }
-    kernel, table = _attention_stream_kernel, configs.attention_stream(q.dtype, max(d, dv))
-    if n <= SHORT:
-        kernel, table = _attention_short_kernel, configs.attention_short(q.dtype, max(d, dv))
-        arguments["WIDTHS"] = widths(n)
+    plain = bias is None and row_scale is None
     key = (bucket(b * h), bucket(m), bucket(n), d, dv)
+    kernel = _attention_stream_kernel
+    table = configs.attention_stream(q.dtype, max(d, dv), bias is not None)
+    if fits_registers(n, max(d, dv), q.dtype, plain):
+        arguments["WIDTHS"] = pieces = widths(n, 128 if plain else 64)
+        kernel = _attention_short_kernel
+        table = configs.attention_short(capability(q.device), sum(pieces))
+        key = (bucket(b * h), bucket(m), pieces, d, dv)
     launch(kernel, lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * b * h,), arguments, table, key)
     return out, lse
 
 
-def widths(n: int) -> tuple[int, ...]:
+def fits_registers(n: int, d: int, dtype: torch.dtype, plain: bool) -> bool:
+    """Whether the short kernel compiles without spills: 272 columns, or 208 with a bias or codes,
+    144 with wide heads. Products of float32 have no tensor cores: they take all registers there
+    are."""
+    most = 336 if plain and d <= 64 else 272
+    return dtype != torch.float32 and sum(widths(n, 128)) + max(64, padded(d)) <= most
+
+
+def widths(n: int, widest: int) -> tuple[int, ...]:
     """Powers of two, widest first, that cover a row: 197 columns need 128 + 64 + 16, not 256."""
     columns = triton.cdiv(n, 16) * 16
-    pieces = tuple(1 << bit for bit in reversed(range(4, 10)) if columns >> bit & 1)
-    return pieces if len(pieces) < 4 else (padded(n),)
+    rest = columns % widest
+    smaller = tuple(1 << bit for bit in reversed(range(4, 10)) if rest >> bit & 1)
+    return (widest,) * (columns // widest) + smaller
 
 
 # --- what both kernels are made of ----------------------------------------------------------
 
 
 @triton.jit
-def _place(m, heads, BLOCK_M: tl.constexpr):
-    """Batch, head and rows of this program; neighbours share the keys of a head in the cache."""
-    blocks = tl.cdiv(m, BLOCK_M)
-    pid = tl.program_id(0)
-    head = pid // blocks
-    rows = pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    return (head // heads).to(tl.int64), (head % heads).to(tl.int64), rows
-
-
-@triton.jit
-def _rows(ptr, rows, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a matrix, zero outside: what a product would else meet there may be NaN."""
-    dims = tl.arange(0, BLOCK_D)
-    mask = (dims < D)[None, :]
-    if MASKED:
-        mask = mask & (rows < count)[:, None]
-    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def _scores(
-    q, k, factor, bias_ptr, bias_stride_m, bias_stride_n, rows, columns, m, n,
+    q, k, scale, bias_ptr, bias_stride_m, bias_stride_n, rows, columns, m, n,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of scale Q K^T + bias, in units of log 2; -inf beyond the last column."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # (BLOCK_M, width)
-    if bias_ptr is not None:
-        mask = (rows < m)[:, None]
-        if MASKED:
-            mask = mask & (columns < n)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * bias_stride_m
-        offsets += columns.to(tl.int64)[None, :] * bias_stride_n
-        s += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * LOG2E
+    if bias_ptr is None:
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # (BLOCK_M, width)
+    else:
+        # Loaded before the product: of two layouts for the statistics of a row, the compiler takes
+        # that of the later, and the product's is the one that costs nothing.
+        bias = load_tile(bias_ptr, bias_stride_m, bias_stride_n, rows, columns, m, n, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
+        s *= LOG2E
     if MASKED:
         s = tl.where((columns < n)[None, :], s, float("-inf"))
     return s
 
 
 @triton.jit
-def _store_map(map_ptr, p, rows, columns, m, n, pitch, MASKED: tl.constexpr):
+def _exponentials(s, row_max, row_scale_ptr):
+    """e = exp(s - max), and its square root where a code is made of it, else the same."""
+    if row_scale_ptr is None:
+        e = tl.exp2(s - row_max[:, None])  # (BLOCK_M, width)
+        root = e
+    else:
+        root = tl.exp2(s * 0.5 - (row_max * 0.5)[:, None])
+        e = root * root
+    return e, root
+
+
+@triton.jit
+def _map_rows(map_ptr, batch, head, heads, rows, m, n):
+    """Where these rows of the map start. The compiler sees that it is at whole 16 bytes."""
+    unit: tl.constexpr = 128 // map_ptr.dtype.element_ty.primitive_bitwidth
+    row = (batch * heads + head) * m + rows
+    return map_ptr + row[:, None] * (tl.cdiv(n, unit) * unit)  # (BLOCK_M, 1)
+
+
+@triton.jit
+def _store_map(pointers, p, rows, columns, m, n, MASKED: tl.constexpr):
+    mask = (rows < m)[:, None]
     if MASKED:
+        unit: tl.constexpr = 128 // p.dtype.primitive_bitwidth
+        mask = mask & (columns < tl.cdiv(n, unit) * unit)[None, :]
         # Not left to exp(-inf) = 0: a row of NaN would be NaN in its padding, too.
         p = tl.where((columns < n)[None, :], p, tl.zeros_like(p))
-    mask = (rows < m)[:, None] & (columns < pitch)[None, :]
-    tl.store(map_ptr + rows.to(tl.int64)[:, None] * pitch + columns[None, :], p, mask=mask)
+    tl.store(pointers + columns[None, :], p, mask=mask)
 
 
 @triton.jit
 def _emit(
-    e, acc, total, normalizer, v, map_ptr, row_scale_ptr, rows, columns, m, n, pitch,
+    e, root, acc, total, normalizer, v, map_rows, map_ptr, row_scale_ptr, rows, columns, m, n,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes one tile of the map from e = exp(s - max) and adds its share to the output.
+    """Writes one tile of the map, if any, and adds the tile's share to the output.
 
-    ``total`` adds up what the codes of each row stand for; ``normalizer`` is 1 / sum(e) for a dense
-    map, whose probabilities the output reuses, and else not needed before the end.
+    ``total`` adds up what the codes of each row stand for; ``normalizer`` is 1 / sum(e), which a
+    dense map needs: the output takes its probabilities, and else is divided at the end.
     """
+    p = e.to(v.dtype)  # (BLOCK_M, width)
     if row_scale_ptr is not None:
-        # Contracted to a fused multiply-add, s - max may be a little above zero.
-        codes = encode(tl.minimum(e, 1.0), map_ptr.dtype.element_ty)
-        total += tl.sum(decode(codes, tl.float32), 1)
-        _store_map(map_ptr, codes, rows, columns, m, n, pitch, MASKED)
-        p = e.to(v.dtype)
+        codes, stands_for = encode(root, map_ptr.dtype.element_ty)
+        total += tl.sum(stands_for, 1)
+        _store_map(map_rows, codes, rows, columns, m, n, MASKED)
     elif map_ptr is not None:
-        p = (e * normalizer[:, None]).to(v.dtype)  # (BLOCK_M, width)
-        _store_map(map_ptr, p, rows, columns, m, n, pitch, MASKED)
-    else:
-        p = e.to(v.dtype)
+        p = (e * normalizer[:, None]).to(v.dtype)
+        _store_map(map_rows, p, rows, columns, m, n, MASKED)
     return tl.dot(p, v, acc, input_precision=PRECISION), total
 
 
@@ -193,18 +202,10 @@ def _finish(
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _map_rows(map_ptr, batch, head, heads, m, n):
-    """The map of this head, and its pitch in a form that tells the compiler: whole 16 bytes."""
-    unit: tl.constexpr = 128 // map_ptr.dtype.element_ty.primitive_bitwidth
-    pitch = tl.cdiv(n, unit) * unit
-    return map_ptr + (batch * heads + head) * m * pitch, pitch
-
-
 # --- rows that fit in registers -------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "m", "n"])
 def _attention_short_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, map_ptr, row_scale_ptr, lse_ptr,
     scale, heads, m, n,
@@ -216,48 +217,69 @@ def _attention_short_kernel(
     WIDTHS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """All scores of a block of rows at once, as tiles of WIDTHS columns: an exact softmax."""
-    batch, head, rows = _place(m, heads, BLOCK_M)
+    batch, head, start_m = place(m, heads, BLOCK_M)
+    rows = start_m + tl.arange(0, BLOCK_M)
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h
     if bias_ptr is not None:
         bias_ptr += batch * bias_stride_b + head * bias_stride_h
-    pitch = 0
+    map_rows = map_ptr
     if map_ptr is not None:
-        map_ptr, pitch = _map_rows(map_ptr, batch, head, heads, m, n)
+        map_rows = _map_rows(map_ptr, batch, head, heads, rows, m, n)
     q_ptr += batch * q_stride_b + head * q_stride_h
-    q = _rows(q_ptr, rows, m, q_stride_m, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
+    q = load_rows(q_ptr, q_stride_m, rows, m, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
 
+    # Everything is fetched before anything is used: one wait for memory, not one for each tile.
     LAST: tl.constexpr = len(WIDTHS) - 1
+    keys = ()
+    values = ()
+    start = 0
+    for i in tl.static_range(len(WIDTHS)):
+        columns = start + tl.arange(0, WIDTHS[i])
+        k = load_rows(k_ptr, k_stride_n, columns, n, D, BLOCK_D, i == LAST)  # (width, BLOCK_D)
+        v = load_rows(v_ptr, v_stride_n, columns, n, DV, BLOCK_DV, i == LAST)  # (width, BLOCK_DV)
+        keys += (k,)
+        values += (v,)
+        start += WIDTHS[i]
+
     scores = ()
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     start = 0
     for i in tl.static_range(len(WIDTHS)):
         columns = start + tl.arange(0, WIDTHS[i])
-        k = _rows(k_ptr, columns, n, k_stride_n, D, BLOCK_D, i == LAST)  # (width, BLOCK_D)
         s = _scores(
-            q, k, scale * LOG2E, bias_ptr, bias_stride_m, bias_stride_n, rows, columns, m, n,
+            q, keys[i], scale, bias_ptr, bias_stride_m, bias_stride_n, rows, columns, m, n,
             i == LAST, PRECISION,
         )  # fmt: skip
         row_max = tl.maximum(row_max, tl.max(s, 1))
-        scores = scores + (s,)
+        scores += (s,)
         start += WIDTHS[i]
 
+    # A dense map needs the sum of a row before its first element, and all e are kept. Else they are
+    # made where they are used, and fewer registers are in use at a time.
+    DENSE: tl.constexpr = map_ptr is not None and row_scale_ptr is None
     weights = ()
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    for i in tl.static_range(len(WIDTHS)):
-        e = tl.exp2(scores[i] - row_max[:, None])  # (BLOCK_M, width)
-        row_sum += tl.sum(e, 1)
-        weights = weights + (e,)
+    if DENSE:
+        for i in tl.static_range(len(WIDTHS)):
+            e = tl.exp2(scores[i] - row_max[:, None])  # (BLOCK_M, width)
+            row_sum += tl.sum(e, 1)
+            weights += (e,)
 
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     start = 0
     for i in tl.static_range(len(WIDTHS)):
         columns = start + tl.arange(0, WIDTHS[i])
-        v = _rows(v_ptr, columns, n, v_stride_n, DV, BLOCK_DV, i == LAST)  # (width, BLOCK_DV)
+        if DENSE:
+            e = weights[i]
+            root = e
+        else:
+            e, root = _exponentials(scores[i], row_max, row_scale_ptr)
+            row_sum += tl.sum(e, 1)
         acc, total = _emit(
-            weights[i], acc, total, 1 / row_sum, v, map_ptr, row_scale_ptr, rows, columns, m, n,
-            pitch, i == LAST, PRECISION,
+            e, root, acc, total, 1 / row_sum, values[i], map_rows, map_ptr, row_scale_ptr,
+            rows, columns, m, n, i == LAST, PRECISION,
         )  # fmt: skip
         start += WIDTHS[i]
     _finish(
@@ -284,7 +306,7 @@ def _online(s, row_max, row_sum):
 
 
 @triton.heuristics({"TAIL": lambda arguments: tail(arguments["n"], arguments["BLOCK_N"])})
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "m", "n"])
 def _attention_stream_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, map_ptr, row_scale_ptr, lse_ptr,
     scale, heads, m, n,
@@ -297,16 +319,17 @@ def _attention_stream_kernel(
 ):  # fmt: skip
     """Without a map, one sweep over the keys; with one, a sweep for each row's maximum and sum,
     and a second that computes the scores again and knows their probabilities at once."""
-    batch, head, rows = _place(m, heads, BLOCK_M)
+    batch, head, start_m = place(m, heads, BLOCK_M)
+    rows = start_m + tl.arange(0, BLOCK_M)
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h
     if bias_ptr is not None:
         bias_ptr += batch * bias_stride_b + head * bias_stride_h
-    pitch = 0
+    map_rows = map_ptr
     if map_ptr is not None:
-        map_ptr, pitch = _map_rows(map_ptr, batch, head, heads, m, n)
+        map_rows = _map_rows(map_ptr, batch, head, heads, rows, m, n)
     q_ptr += batch * q_stride_b + head * q_stride_h
-    q = _rows(q_ptr, rows, m, q_stride_m, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
+    q = load_rows(q_ptr, q_stride_m, rows, m, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
 
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -315,35 +338,34 @@ def _attention_stream_kernel(
     full = n // BLOCK_N * BLOCK_N
     # The loop over the tail is there once at most; it has no mask to share with the full tiles.
     for last in tl.static_range(2 if TAIL else 1):
-        width: tl.constexpr = TAIL if last else BLOCK_N
-        for start in range(full if last else 0, n if last else full, width):
-            columns = start + tl.arange(0, width)
-            k = _rows(k_ptr, columns, n, k_stride_n, D, BLOCK_D, last)  # (width, BLOCK_D)
+        for start in range(full if last else 0, n if last else full, BLOCK_N):
+            columns = start + tl.arange(0, TAIL if last else BLOCK_N)
+            k = load_rows(k_ptr, k_stride_n, columns, n, D, BLOCK_D, last)  # (width, BLOCK_D)
             s = _scores(
-                q, k, scale * LOG2E, bias_ptr, bias_stride_m, bias_stride_n, rows, columns, m, n,
+                q, k, scale, bias_ptr, bias_stride_m, bias_stride_n, rows, columns, m, n,
                 last, PRECISION,
             )  # fmt: skip
             e, shrink, row_max, row_sum = _online(s, row_max, row_sum)
             if map_ptr is None:
-                v = _rows(v_ptr, columns, n, v_stride_n, DV, BLOCK_DV, last)  # (width, BLOCK_DV)
+                v = load_rows(v_ptr, v_stride_n, columns, n, DV, BLOCK_DV, last)
                 acc = acc * shrink[:, None]
                 acc = tl.dot(e.to(v.dtype), v, acc, input_precision=PRECISION)
     row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
 
     if map_ptr is not None:
         for last in tl.static_range(2 if TAIL else 1):
-            width: tl.constexpr = TAIL if last else BLOCK_N
-            for start in range(full if last else 0, n if last else full, width):
-                columns = start + tl.arange(0, width)
-                k = _rows(k_ptr, columns, n, k_stride_n, D, BLOCK_D, last)  # (width, BLOCK_D)
+            for start in range(full if last else 0, n if last else full, BLOCK_N):
+                columns = start + tl.arange(0, TAIL if last else BLOCK_N)
+                k = load_rows(k_ptr, k_stride_n, columns, n, D, BLOCK_D, last)  # (width, BLOCK_D)
                 s = _scores(
-                    q, k, scale * LOG2E, bias_ptr, bias_stride_m, bias_stride_n, rows, columns, m,
+                    q, k, scale, bias_ptr, bias_stride_m, bias_stride_n, rows, columns, m,
                     n, last, PRECISION,
                 )  # fmt: skip
-                v = _rows(v_ptr, columns, n, v_stride_n, DV, BLOCK_DV, last)  # (width, BLOCK_DV)
+                v = load_rows(v_ptr, v_stride_n, columns, n, DV, BLOCK_DV, last)
+                e, root = _exponentials(s, row_max, row_scale_ptr)
                 acc, total = _emit(
-                    tl.exp2(s - row_max[:, None]), acc, total, 1 / row_sum, v, map_ptr,
-                    row_scale_ptr, rows, columns, m, n, pitch, last, PRECISION,
+                    e, root, acc, total, 1 / row_sum, v, map_rows, map_ptr, row_scale_ptr, rows,
+                    columns, m, n, last, PRECISION,
                 )  # fmt: skip
     _finish(
         acc, row_max, row_sum, total, out_ptr, map_ptr, row_scale_ptr, lse_ptr, batch, head, heads,

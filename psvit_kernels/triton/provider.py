@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import interpreting
+from . import capability, interpreting
 
 MAX_HEAD_DIM = 128
 MIN_CAPABILITY = (8, 0)
+E4M3_CAPABILITY = (8, 9)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Where each operation is.
@@ -63,11 +64,6 @@ def missing() -> str | None:
     return None
 
 
-@cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def supports(op: str, args: tuple) -> str | None:
     reason = missing()
     if reason is not None:
@@ -81,10 +77,19 @@ def supports(op: str, args: tuple) -> str | None:
             return "dtype torch.bfloat16, whose products Triton's interpreter gets wrong"
     elif first.device.type != "cuda":
         return f"device {first.device.type}, not cuda"
-    elif torch.version.cuda and _capability(first.device.index) < MIN_CAPABILITY:
-        return f"compute capability {_capability(first.device.index)}, below {MIN_CAPABILITY}"
+    elif torch.version.cuda:
+        found = capability(first.device)
+        if found < MIN_CAPABILITY:
+            return f"compute capability {found}, below {MIN_CAPABILITY}"
+        if found < E4M3_CAPABILITY and _has_e4m3(args):
+            return f"compute capability {found}, below {E4M3_CAPABILITY}, which e4m3 needs"
     widest = max((t.shape[3] for t in heads), default=0)
     return f"head dim {widest} > {MAX_HEAD_DIM}" if widest > MAX_HEAD_DIM else None
+
+
+def _has_e4m3(args: tuple) -> bool:
+    kinds = (a.dtype if isinstance(a, Tensor) else a for a in args)
+    return any(kind is torch.float8_e4m3fn for kind in kinds)
 
 
 def __getattr__(name: str) -> Any:
