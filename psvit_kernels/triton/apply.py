@@ -1,6 +1,20 @@
 """``apply_attention``, forward: O = P V, where reading P decides the time.
 
-A program makes BLOCK_M rows of O of one head and walks the columns of P once.
+A program makes BLOCK_M rows of O of one head and walks the columns of P once. Kilobytes of one head
+at d = 64, V and O in bfloat16: "moved" is P, V and O once; "read from L2" has V once for each block
+of 128 rows, which is why blocks have many rows.
+
+=======  ======  ============  ======  ============
+tokens   map in bfloat16       map in 8 bits
+-------  --------------------  --------------------
+         moved   read from L2  moved   read from L2
+=======  ======  ============  ======  ============
+197         129           129      91            91
+577         822          1043     489           711
+1025       2378          3296    1328          2247
+=======  ======  ============  ======  ============
+
+The speed of all this has not been measured yet.
 """
 
 from __future__ import annotations
