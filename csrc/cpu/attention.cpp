@@ -118,7 +118,7 @@ void apply_rows(const ApplyArgs& a, int64_t b, int64_t h, int64_t begin, int64_t
     output.pack_values(a.v, b, h);
     for (int64_t i = begin; i < end; i += BLOCK) {
         int64_t rows = smaller(BLOCK, end - i);
-        output.write(map.probabilities(i, rows), nullptr, i, rows);
+        output.write(map.in_place(i, rows), nullptr, i, rows);
     }
 }
 

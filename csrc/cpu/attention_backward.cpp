@@ -50,23 +50,22 @@ void add_rows(const T* from, int64_t from_row, int64_t rows, int64_t columns, fl
 }
 
 // shift = more - rowsum(P dP).
-void row_shifts(Matrix p, const float* dp, int64_t ld, int64_t rows, int64_t columns,
-                const float* more, float* shift) {
+void row_shifts(const float* p, const float* dp, int64_t ld, int64_t rows, const float* more,
+                float* shift) {
     for (int64_t r = 0; r < rows; r++) {
         vf total = {};
-        for (int64_t c = 0; c < columns; c += W)
-            total += load_upto(p.at + r * p.row + c, columns - c) * load(dp + r * ld + c);
+        for (int64_t c = 0; c < ld; c += W) total += load(p + r * ld + c) * load(dp + r * ld + c);
         shift[r] = (more ? more[r] : 0.0f) - sum_lanes(total);
     }
 }
 
 // dP becomes dS = P (dP + shift).
-void softmax_backward_rows(Matrix p, float* dp, int64_t ld, int64_t rows, int64_t columns,
+void softmax_backward_rows(const float* p, float* dp, int64_t ld, int64_t rows,
                            const float* shift) {
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < columns; c += W) {
+        for (int64_t c = 0; c < ld; c += W) {
             float* at = dp + r * ld + c;
-            store(at, load_upto(p.at + r * p.row + c, columns - c) * (load(at) + shift[r]));
+            store(at, load(p + r * ld + c) * (load(at) + shift[r]));
         }
 }
 
@@ -140,13 +139,14 @@ struct AttentionBackwardHead {
     }
 
     // dS in t.dp; dV.
-    void score_gradients(Matrix p, int64_t i, int64_t rows) const {
+    void score_gradients(int64_t i, int64_t rows) const {
+        map.read(i, rows);
         int64_t n = 0;
         for (int64_t h = 0; h < s.heads; h++) {
             if (!receivers.has(h)) continue;
             add_product(a.grad_out, h, i, rows, n, n > 0);
-            gemm(s.columns, ldv, rows, {p.at, 1, p.row}, t.grads, ldv, t.dv + n * s.columns * ldv,
-                 ldv, i > 0);
+            gemm(s.columns, ldv, rows, {t.map.rows, 1, ldn}, t.grads, ldv,
+                 t.dv + n * s.columns * ldv, ldv, i > 0);
             n++;
         }
         if (n == 0) memset(t.dp, 0, size_t(rows * ldn) * sizeof(float));
@@ -156,10 +156,10 @@ struct AttentionBackwardHead {
         float shift[BLOCK];
         const float* grad_lse =
             a.grad_lse.data ? head<float>(a.grad_lse, map.b, map.h) + i : nullptr;
-        row_shifts(p, t.dp, ldn, rows, s.columns, grad_lse, shift);
+        row_shifts(t.map.rows, t.dp, ldn, rows, grad_lse, shift);
         for (int64_t l = 0; l < a.shared_count; l++)
             add_product(a.shared[l].grad_out, map.h, i, rows, n + l, true);
-        softmax_backward_rows(p, t.dp, ldn, rows, s.columns, shift);
+        softmax_backward_rows(t.map.rows, t.dp, ldn, rows, shift);
     }
 
     // dQ of these rows; dK.
@@ -192,7 +192,7 @@ void attention_backward_task(const AttentionBackwardArgs& a, int64_t task, float
     work.pack();
     for (int64_t i = 0; i < s.rows; i += BLOCK) {
         int64_t rows = smaller(BLOCK, s.rows - i);
-        work.score_gradients(work.map.probabilities(i, rows), i, rows);
+        work.score_gradients(i, rows);
         if (a.dbias.data)
             store_rows(t.dp, t.map.ldn, rows, s.columns, 1.0f,
                        head<T>(a.dbias, b, h) + i * a.dbias.row, a.dbias.row);
@@ -223,8 +223,8 @@ void add_value_gradients(const MapHead<T>& map, const ApplyScratch& t, const Vie
     const Sizes& s = map.size;
     pack_rows(head<T>(grad_out, b, h) + i * grad_out.row, grad_out.row, rows, s.depth_v, t.grads,
               t.ldv);
-    Matrix p = map.probabilities(i, rows);
-    gemm(s.columns, t.ldv, rows, {p.at, 1, p.row}, t.grads, t.ldv, t.dv, t.ldv, i > 0);
+    map.read(i, rows);
+    gemm(s.columns, t.ldv, rows, {t.map.rows, 1, t.map.ldn}, t.grads, t.ldv, t.dv, t.ldv, i > 0);
 }
 
 // One stored map with all that it was applied to. With several receivers dP is summed in scratch

@@ -131,15 +131,26 @@ struct MapHead {
         gemm(rows, t.ldn, size.depth, queries, t.keys, t.ldn, t.rows, t.ldn, false);
     }
 
-    // Only the columns of the map count. Needs the packed keys unless the map is stored.
-    Matrix probabilities(int64_t first, int64_t rows) const {
+    // P in t.rows, zero beyond its columns. Needs the packed keys unless the map is stored.
+    void read(int64_t first, int64_t rows) const {
         if (map.stored.data)
-            return float_rows(head<T>(map.stored, b, h) + first * map.stored.row, map.stored.row,
-                              rows, size.columns, t.rows, t.ldn);
+            return pack_rows(stored(first), map.stored.row, rows, size.columns, t.rows, t.ldn);
         scores(first, rows);
         rebuild_rows(t.rows, t.ldn, rows, size.columns, map.scale, bias(first), map.bias.row,
                      lse(first));
+    }
+
+    // P where it lies, if it can be read there. For products along its rows: the transpose takes
+    // a step of a row at every load, which is slow where the cache has none of it yet.
+    Matrix in_place(int64_t first, int64_t rows) const {
+        if (map.stored.data)
+            return float_rows(stored(first), map.stored.row, rows, size.columns, t.rows, t.ldn);
+        read(first, rows);
         return {t.rows, t.ldn, 1};
+    }
+
+    const T* stored(int64_t first) const {
+        return head<T>(map.stored, b, h) + first * map.stored.row;
     }
 };
 
