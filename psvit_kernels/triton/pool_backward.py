@@ -309,7 +309,8 @@ def _pool_backward_kernel(
         y, x = cell_y * STRIDE[0] + place_y, cell_x * STRIDE[1] + place_x
         dx = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
         for back in tl.range(0, REACH_Y * REACH_X, loop_unroll_factor=min(REACH_Y * REACH_X, 16)):
-            back_y, back_x = back // REACH_X, back % REACH_X
+            # The first window first, as PyTorch adds them.
+            back_y, back_x = REACH_Y - 1 - back // REACH_X, REACH_X - 1 - back % REACH_X
             tap_y = (place_y + PADDING[0]) % STRIDE[0] + back_y * STRIDE[0]
             tap_x = (place_x + PADDING[1]) % STRIDE[1] + back_x * STRIDE[1]
             new_y = cell_y + (place_y + PADDING[0]) // STRIDE[0] - back_y  # (BLOCK_T,)
