@@ -287,8 +287,9 @@ void linked_backward_task(const ApplyBackwardArgs& a, int64_t task, float* memor
 
 template <typename T>
 void attention_backward_as(const AttentionBackwardArgs& a) {
-    parallel_tasks(a.size.batch * a.map_heads, a.threads, AttentionScratch(a, nullptr).arena.used,
-                   [&](int64_t task, float* memory) { attention_backward_task<T>(a, task, memory); });
+    parallel_tasks(
+        a.size.batch * a.map_heads, a.threads, AttentionScratch(a, nullptr).arena.used,
+        [&](int64_t task, float* memory) { attention_backward_task<T>(a, task, memory); });
 }
 
 template <typename T>
