@@ -39,7 +39,9 @@ def token_pool(
         x: tokens, `[B, prefix + h w, C]`, unit stride on the last dimension.
         grid: (h, w) for ``dims=2``, (n,) for ``dims=1``.
         residual: added to x first (prefix tokens too), in the same pass: the sum of a residual
-            branch need not be written. Shape, dtype and device of x.
+            branch need not be written. Shape, dtype and device of x, unit stride on the last
+            dimension. Added in float32; products of half precision in a convolution that isn't
+            depthwise take the sum rounded to the dtype of x.
         prefix: leading tokens (cls, distillation, registers) that pass beside the pool. With
             ``dims=1`` and ``prefix=0`` such tokens are inside the sequence and are pooled.
         kind: "max"; "avg" (padding is left out of the count, so constants stay constant);

@@ -209,10 +209,10 @@ def pool_cases(draw):
         parameters=draw(st.sampled_from([F32, dtype])), prefix=draw(st.sampled_from([0, 1, 5])),
         kind=kind, kernel=kernel, stride=draw(st.integers(1, 6)), padding=padding,
         groups=channels if kind == "conv" else 1, bias=draw(st.booleans()),
-        norm=draw(st.booleans()),
+        norm=draw(st.booleans()), residual=draw(st.booleans()),
     )  # fmt: skip
     tensors = {
-        name: laid_out(t, draw(layouts(t.dim(), unit_last=False, shared=False)))
+        name: laid_out(t, draw(layouts(t.dim(), unit_last=name == "residual", shared=False)))
         for name, t in case.tensors.items()
     }
     if "norm_bias" in tensors and draw(st.booleans()):
