@@ -246,7 +246,7 @@ def group_case(shape: Shape, dtype: torch.dtype, *, form: str = "dense", sharing
         q, k, v = split_qkv(leaves[0])
         shared = [t.transpose(1, 2) for t in leaves[1:]]
         if fused:
-            out, stored = attention(q, k, v, return_map=form)  # type: ignore[arg-type]
+            out, stored = attention(q, k, v, return_map=form, reuses=sharing)  # type: ignore[arg-type]
             assert stored is not None
             return [merge_heads(t) for t in (out, *(apply_attention(stored, v) for v in shared))]
         out, a = eager_attention(q, k, v)
