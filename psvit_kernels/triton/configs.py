@@ -51,26 +51,21 @@ def attention_delta(dtype: torch.dtype) -> list[Config]:
 def attention_backward(
     capability: tuple[int, int], dtype: torch.dtype, d: int, pairs: int
 ) -> list[Config]:
-    """Two sums of BLOCK_OWN x d, scores and dP of BLOCK_OWN x BLOCK are in registers; the owned
-    rows of two tensors and of one more for each pair, and two stages of as many walked ones, in
-    shared memory. Before sm_90 operands pass through registers, and 64 walked rows don't fit.
+    """Sums of BLOCK_OWN x d for dK and dV, a tile of P and one of dP are in registers; the owned
+    rows of two tensors and one more for each pair, and two stages of as many walked ones, in shared
+    memory. wgmma wants 64 walked rows; before sm_90 they pass through registers, and 32 fit.
     """
     if dtype == torch.float32:
-        return [
-            Config({"BLOCK_OWN": 32 if d <= 64 else 16, "BLOCK": 16}, num_warps=8, num_stages=2)
-        ]
+        if d > 64:
+            return [Config({"BLOCK_OWN": 16, "BLOCK": 16}, num_warps=4, num_stages=2)]
+        return [Config({"BLOCK_OWN": 32, "BLOCK": 16}, num_warps=8, num_stages=2)]
+    small = Config({"BLOCK_OWN": 64, "BLOCK": 32}, num_warps=8 if d > 64 else 4, num_stages=2)
+    large = Config({"BLOCK_OWN": 128, "BLOCK": 32}, num_warps=8, num_stages=2)
     if d > 64:
-        table = [Config({"BLOCK_OWN": 64, "BLOCK": 32}, num_warps=8, num_stages=2)]
-        if capability < (9, 0) or pairs:
-            return table
-        return [Config({"BLOCK_OWN": 128, "BLOCK": 32}, num_warps=8, num_stages=2), *table]
-    table = [
-        Config({"BLOCK_OWN": 128, "BLOCK": 32}, num_warps=8, num_stages=2),
-        Config({"BLOCK_OWN": 64, "BLOCK": 32}, num_warps=8, num_stages=2),
-    ]
-    if capability < (9, 0) or pairs > 3:
-        return table
-    return [Config({"BLOCK_OWN": 128, "BLOCK": 64}, num_warps=8, num_stages=2), *table]
+        return [small] if capability < (9, 0) or pairs else [large, small]
+    if capability < (9, 0):
+        return [large]
+    return [Config({"BLOCK_OWN": 128, "BLOCK": 64}, num_warps=8, num_stages=2), large, small]
 
 
 # --- apply_attention ------------------------------------------------------------------------
