@@ -425,7 +425,7 @@ def apply_factored_backward(
     dv, dlse = _factored_values(factors, rest.grad, v, reuse, rest.pv if linked else None)
     result = _result(dv, dlse, rest, linked)
     if linked:
-        return absent, absent, absent, *result
+        return q.new_empty(0), q.new_empty(0), q.new_empty(0), *result
     b, h, m, _ = q.shape
     dmap = _map_gradient(rest.grad, (b, h, m, row_pitch(k.shape[2], v.element_size())), v, *reuse)
     nothing = q.new_zeros(b, m, h, 1)  # dO of a layer of no values of its own
