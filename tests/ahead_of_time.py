@@ -23,7 +23,8 @@ from triton.compiler import ASTSource
 
 from psvit_kernels.codes import CODES
 from psvit_kernels.maps import row_pitch
-from psvit_kernels.triton import attention, launch, provider
+from psvit_kernels.triton import capability as capability_of
+from psvit_kernels.triton import launch, provider
 from psvit_kernels.triton.exponentials import exponentials
 
 #: Bytes of shared memory that one program may have.
@@ -60,6 +61,7 @@ class Compiled(NamedTuple):
 def launches(call: Callable[[], object], capability: tuple[int, int]) -> list[Launch]:
     """What ``call`` launches on such a GPU, once for each configuration of its table."""
     caught: list[Launch] = []
+    capability_of.cache_clear()  # it remembers the GPU that was asked for before
 
     def catch(kernel, grid, arguments, configs, key):
         for config in configs:
@@ -68,7 +70,7 @@ def launches(call: Callable[[], object], capability: tuple[int, int]) -> list[La
 
     with (
         patch.object(launch, "run", catch),
-        patch.object(attention, "capability", lambda device: capability),
+        patch.object(torch.cuda, "get_device_capability", lambda device: capability),
         torch.device("meta"),
     ):
         call()
