@@ -331,9 +331,8 @@ class _Uncorrected(NamedTuple):
 def _uncorrected(
     grad_out: Tensor, out: Tensor, v: Tensor, correction: Tensor | None, apply: Callable[[], Tensor]
 ) -> _Uncorrected:
-    absent = v.new_empty(0)
     if correction is None:
-        return _Uncorrected(grad_out, out, None, absent, absent)
+        return _Uncorrected(grad_out, out, None, v.new_empty(0), v.new_empty(0))
     pv = apply()
     g, wide_pv = (t.transpose(1, 2).float() for t in (grad_out, pv))
     g, dv, dcorrection = epilogue.correction_backward(g, wide_pv, v.float(), correction)
