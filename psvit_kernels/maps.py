@@ -132,7 +132,7 @@ class QuantizedMap(AttentionMap):
     and how far such maps are from exact ones in a trained model, says ``psvit_kernels/codes.py``.
     The scale is one over the sum of the row's weights, so that rows stay convex: what rounding
     takes from one token goes to the others, in proportion. The worst row has one peak and N - 1
-    equal probabilities that all round the same way: a total variation of 0.0013 sqrt(N) with
+    equal probabilities that all round the same way: a total variation of 0.00086 sqrt(N) with
     uint8, of 1/64 with e4m3 (and there what is below 2^-18 of the peak is lost).
 
     Gradients pass straight through: those of v are exact for this map, those of q, k and bias are

@@ -70,7 +70,7 @@ def test_rows_are_padded_with_zeros_and_sum_to_one(server, n, code):
     torch.testing.assert_close(m.dense().sum(-1), torch.ones(2, 3, n), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("code, bound", [("uint8", 0.0013), ("e4m3", 1 / 64)])
+@pytest.mark.parametrize("code, bound", [("uint8", 0.00086), ("e4m3", 1 / 64)])
 @pytest.mark.parametrize("n", [50, 197, 300])
 def test_every_row_is_as_close_to_the_exact_one_as_documented(server, n, code, bound):
     """Rows from nearly even to nearly one-hot."""
@@ -89,7 +89,7 @@ def test_the_worst_row_is_as_bad_as_documented_and_no_worse(n):
     levels = torch.logspace(-7, 0, 20_000, dtype=F64)
     p = torch.cat([torch.ones(len(levels), 1, dtype=F64), levels[:, None].expand(-1, n - 1)], 1)
     p = (p / p.sum(-1, keepdim=True))[None, None]
-    for code, bound in (("uint8", 0.0013 * math.sqrt(n)), ("e4m3", 1 / 64)):
+    for code, bound in (("uint8", 0.00086 * math.sqrt(n)), ("e4m3", 1 / 64)):
         m = pk.QuantizedMap.from_dense(p, code)
         worst = float(total_variation(m.dense(), p).max())
         assert 0.8 * bound < worst <= bound, f"{code}, {n} tokens: {worst} is far from {bound}"
@@ -308,7 +308,8 @@ def test_encoding_and_decoding_are_inverse_up_to_half_a_step(code):
     coded, _ = padded_codes(codes.encode(e, codes.CODES[code])[None])
     back = codes.decode(coded[0, : len(e)], F32) / codes.decode(coded[0, len(e) - 1], F32)
     if code == "uint8":
-        assert float((back.sqrt() - e.sqrt()).abs().max()) <= 0.5 / 255 + 1e-6
+        step = torch.where(e.sqrt() < 128 / 382, 1.0, 2.0) / 382
+        assert float(((back.sqrt() - e.sqrt()).abs() / step).max()) <= 0.5 + 1e-3
     else:
         normal_range = e > 2**-13
         assert float(((back - e) / e)[normal_range].abs().max()) <= 1 / 16 + 1e-6

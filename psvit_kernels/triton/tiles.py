@@ -37,16 +37,14 @@ def keep(seed, rows, columns, n, head, dropout):
 def encode(root, dtype: tl.constexpr):
     """The 8-bit codes of e = root^2 (``codes.py``), and the weights that they stand for.
 
-    From the root, because exp2(x / 2) costs what exp2(x) does, and a square root as much again. So
-    does a conversion between float and integer: 2^23 is added instead, where a float has no bits
-    left below the point, and its low bits are the code.
+    From the root, because exp2(x / 2) costs what exp2(x) does, and a square root as much again.
     """
     if dtype == tl.uint8:
-        # A fused multiply-add leaves the largest score of a row a little above its maximum.
-        shifted = tl.minimum(root, 1.0) * 255 + 8388608.0
-        code = shifted.to(tl.int32, bitcast=True).to(tl.uint8)
-        half = (shifted - 8388608.0) * (1 / 256)
-        weight = half * half
+        # Rounds a root that a fused multiply-add left a little above 1 to 1.
+        bits = (root * 1.4921875 + 0.5).to(tl.int32, bitcast=True) + 0x8000
+        code = (bits >> 16).to(tl.uint8)
+        rounded = (bits & 0x7FFF0000).to(tl.float32, bitcast=True) - 0.5
+        weight = rounded * rounded
     else:
         code = (root * root * 256).to(dtype)
         weight = code.to(tl.float32)
@@ -56,12 +54,15 @@ def encode(root, dtype: tl.constexpr):
 @triton.jit
 def decode(code, dtype: tl.constexpr):
     """The weights that codes stand for, up to the scale of their row."""
-    if code.dtype == tl.uint8:
-        root = code.to(tl.float32) * (1 / 256)
+    if code.dtype != tl.uint8:
+        weight = code.to(dtype)
+    elif dtype == tl.bfloat16:
+        root = (code.to(tl.int16) | 0x3F00).to(tl.bfloat16, bitcast=True) - 0.5
         weight = root * root
     else:
-        weight = code
-    return weight.to(dtype)
+        root = (code.to(tl.int32) << 16 | 0x3F000000).to(tl.float32, bitcast=True) - 0.5
+        weight = (root * root).to(dtype)
+    return weight
 
 
 @triton.jit
