@@ -89,18 +89,28 @@ def _launch(kernel: Any, arguments: dict[str, Any], config: triton.Config) -> La
 
 
 def compiled(one: Launch, target: GPUTarget) -> Compiled:
-    """Triton's own specialisation: 1 is a constant, multiples of 16 are known to be such."""
-    signature, constants, attributes = {}, {}, {}
+    """With Triton's own specialisation: 1 is a constant, multiples of 16 are known to be such."""
+    constants: dict[tuple[int, ...], Any] = {}
+    multiples: dict[tuple[int, ...], Any] = {}
+
+    def kind(path: tuple[int, ...], value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind((*path, i), item) for i, item in enumerate(value))
+        found = _kind(value)
+        if found.startswith("*") or (found.startswith("i") and value % 16 == 0):
+            multiples[path] = [["tt.divisibility", 16]]
+        if found == "constexpr":
+            constants[path] = value
+        return found
+
+    signature = {}
     for i, parameter in enumerate(one.kernel.params):
         value = one.arguments[parameter.name]
-        kind = None if parameter.is_constexpr else _kind(value)
-        if kind is None or (kind == "i32" and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        signature[parameter.name] = kind
-        if kind.startswith("*") or (kind.startswith("i") and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(one.kernel, signature, constexprs=constants, attrs=attributes)
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[i,] = "constexpr", value
+        else:
+            signature[parameter.name] = kind((i,), value)
+    source = ASTSource(one.kernel, signature, constexprs=constants, attrs=multiples)
     result = triton.compile(source, target=target, options=one.options)
     if target.backend != "cuda":
         return Compiled(one.name, 0, 0, result.metadata.shared, result.asm["amdgcn"])
@@ -108,11 +118,11 @@ def compiled(one: Launch, target: GPUTarget) -> Compiled:
     return Compiled(one.name, registers, stack, result.metadata.shared, result.asm["ptx"])
 
 
-def _kind(value: Any) -> str | None:
+def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
-    if value is None or isinstance(value, (bool, str, tuple)):
-        return None
+    if value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and value == 1):
+        return "constexpr"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
