@@ -151,27 +151,30 @@ def apply_map_gradient(dtype: torch.dtype, dropout: bool) -> list[Config]:
 
 
 def pool(dtype: torch.dtype) -> list[Config]:
-    """Lines of 128 bytes, and tokens of a few rows of a grid, whose windows overlap; 8 or 16
-    elements a thread, times the taps of a window in flight."""
-    line = 128 // dtype.itemsize
+    """Lines of 128 bytes, and tokens of a few rows of a grid, whose windows overlap; 16 or 32 bytes
+    a thread, times the taps of a window in flight."""
+    line, tokens = 128 // dtype.itemsize, 64 // dtype.itemsize
     return [
-        Config({"BLOCK_T": 32, "BLOCK_C": line}, num_warps=4, num_stages=1),
-        Config({"BLOCK_T": 16, "BLOCK_C": line}, num_warps=4, num_stages=1),
-        Config({"BLOCK_T": 64, "BLOCK_C": line}, num_warps=8, num_stages=1),
-        Config({"BLOCK_T": 8, "BLOCK_C": 2 * line}, num_warps=4, num_stages=1),
+        Config({"BLOCK_T": tokens, "BLOCK_C": line}, num_warps=4, num_stages=1),
+        Config({"BLOCK_T": tokens // 2, "BLOCK_C": line}, num_warps=4, num_stages=1),
+        Config({"BLOCK_T": 2 * tokens, "BLOCK_C": line}, num_warps=8, num_stages=1),
+        Config({"BLOCK_T": tokens // 4, "BLOCK_C": 2 * line}, num_warps=4, num_stages=1),
     ]
 
 
-def pool_norm(channels: int, rows: int) -> list[Config]:
+def pool_norm(dtype: torch.dtype, channels: int, rows: int) -> list[Config]:
     """Whole rows of the result, with all warps along them, so that what is read for a channel is
     read by the thread that needs it. Consecutive steps find each other's tokens in the L1 cache:
     as many as leave some hundred programs."""
     block, warps = _row(channels)
     tokens = max(1, 512 * warps // block)
-    steps = max(1, min(8, rows // (512 * tokens)))
+    steps = max(1, min(16 // tokens, rows // (512 * tokens)))
+    table = [(tokens, steps), (tokens, 2 * steps)]
+    if dtype != torch.float32:
+        table.append((2 * tokens, max(1, steps // 2)))
     return [
         Config({"BLOCK_T": t, "BLOCK_C": block, "STEPS": s}, num_warps=warps, num_stages=1)
-        for t, s in ((tokens, steps), (2 * tokens, max(1, steps // 2)), (tokens, 2 * steps))
+        for t, s in table
     ]
 
 
@@ -197,9 +200,9 @@ def pool_weight(dtype: torch.dtype) -> list[Config]:
 def convolution(dtype: torch.dtype, outer: int, inner: int) -> list[Config]:
     """Square tiles for the tensor cores; narrow ones for narrow groups."""
     if dtype == torch.float32:
-        sizes = [(64, 64, 32, 4, 3)]
+        sizes = [(64, 64, 32, 8, 3)]
     else:
-        sizes = [(128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4)]
+        sizes = [(128, 128, 32, 8, 4), (64, 64, 64, 4, 4)]
     return [
         Config(
             {"BLOCK_M": m, "BLOCK_N": min(n, outer), "BLOCK_K": min(k, inner)},

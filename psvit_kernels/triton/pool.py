@@ -20,7 +20,8 @@ KINDS = {"max": "max", "avg": "avg", "stride": "avg", "conv": "conv"}
 #: From so many tokens on, a copy of a depthwise weight pays: see ``taps_first``.
 MANY = 4096
 
-#: Windows of up to so many tokens are unrolled, so that all their loads are in flight together.
+#: Windows of up to so many tokens are unrolled, so that all their loads are in flight together;
+#: with a residual, which has its own, rows of a window, or registers would not suffice.
 UNROLL: tl.constexpr = tl.constexpr(16)
 
 
@@ -56,7 +57,7 @@ def token_pool(
         "norm_bias_ptr": None if norm_bias is None else norm_bias.contiguous(),
         "norm_eps": norm_eps,
     }
-    table = configs.pool_norm(c, rows)
+    table = configs.pool_norm(x.dtype, c, rows)
     if norm_weight is None:
         table = configs.pool(x.dtype)
         arguments["STEPS"] = 1
@@ -145,20 +146,19 @@ def taps(weight: Tensor | None) -> dict[str, object]:
 
 @triton.jit
 def rows_of(block, tokens, BLOCK_T: tl.constexpr):
-    """Image (int64) and token of each row of a block; rows count through all images."""
+    """Image and token of each row of a block, and the row itself; it counts through all images."""
     first = tl.cast(block, tl.int64) * BLOCK_T
     image = first // tokens
     token = (first - image * tokens).to(tl.int32) + tl.arange(0, BLOCK_T)
-    return image + token // tokens, token % tokens
+    return image + token // tokens, token % tokens, first + tl.arange(0, BLOCK_T)
 
 
 @triton.jit
-def load_sum(x_rows, residual_rows, offset, residual_offset, channels, mask, other):
+def load_sum(x_rows, residual_rows, channels, mask, other):
     """(BLOCK_T, BLOCK_C): rows of x, or of x + residual, in float32."""
-    value = tl.load((x_rows + offset)[:, None] + channels[None, :], mask=mask, other=other)
-    value = value.to(tl.float32)
+    value = tl.load(x_rows[:, None] + channels[None, :], mask=mask, other=other).to(tl.float32)
     if residual_rows is not None:
-        pointers = (residual_rows + residual_offset)[:, None] + channels[None, :]
+        pointers = residual_rows[:, None] + channels[None, :]
         value += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     return value
 
@@ -178,11 +178,14 @@ def pool_tile(
     cell = token - prefix
     top = cell // new_w * STRIDE[0] - PADDING[0]  # (BLOCK_T,)
     left = cell % new_w * STRIDE[1] - PADDING[1]
-    first = (prefix + top * w + left).to(tl.int64)
-    x_rows = x_ptr + image * x_stride_b
+    passes = (cell < 0) & (image < batch)
+    pools = (cell >= 0) & (image < batch)
+    # The first token of the window, which padding may put before the grid; or the one that passes.
+    first = tl.where(passes, token, prefix + top * w + left).to(tl.int64)
+    x_rows = x_ptr + image * x_stride_b + first * x_stride_n
     residual_rows = None
     if residual_ptr is not None:
-        residual_rows = residual_ptr + image * residual_stride_b
+        residual_rows = residual_ptr + image * residual_stride_b + first * residual_stride_n
 
     value = tl.full((token.shape[0], channels.shape[0]), 0.0, tl.float32)
     if KIND == "max":
@@ -190,12 +193,16 @@ def pool_tile(
     # Before any comparison, the first token of the window that is in the grid has won.
     first_tap = tl.maximum(-top, 0) * KERNEL[1] + tl.maximum(-left, 0)
     winner = tl.zeros_like(value).to(tl.int32) + first_tap[:, None]
-    for tap in tl.range(0, TAPS, loop_unroll_factor=min(TAPS, UNROLL)):
+    TOGETHER: tl.constexpr = min(TAPS if residual_ptr is None else KERNEL[1], UNROLL)
+    for tap in tl.range(0, TAPS, loop_unroll_factor=TOGETHER):
         y, x = top + tap // KERNEL[1], left + tap % KERNEL[1]
-        in_grid = (y >= 0) & (y < h) & (x >= 0) & (x < w) & (cell >= 0) & (image < batch)
-        source = first + (tap // KERNEL[1] * w + tap % KERNEL[1])
+        in_grid = (y >= 0) & (y < h) & (x >= 0) & (x < w) & pools
+        ahead = tl.cast(tap // KERNEL[1] * w + tap % KERNEL[1], tl.int64)
+        tap_residual_rows = None
+        if residual_ptr is not None:
+            tap_residual_rows = residual_rows + ahead * residual_stride_n
         taken = load_sum(
-            x_rows, residual_rows, source * x_stride_n, source * residual_stride_n, channels,
+            x_rows + ahead * x_stride_n, tap_residual_rows, channels,
             in_grid[:, None] & in_row, float("-inf") if KIND == "max" else 0.0,
         )  # fmt: skip
         if KIND == "max":
@@ -216,11 +223,7 @@ def pool_tile(
         value *= (1 / tl.maximum(rows * columns, 1).to(tl.float32))[:, None]
     if bias_ptr is not None:
         value += tl.load(bias_ptr + channels, mask=channels < c, other=0.0).to(tl.float32)[None, :]
-    passes = (cell < 0) & (image < batch)
-    passed = load_sum(
-        x_rows, residual_rows, token.to(tl.int64) * x_stride_n,
-        token.to(tl.int64) * residual_stride_n, channels, passes[:, None] & in_row, 0.0,
-    )  # fmt: skip
+    passed = load_sum(x_rows, residual_rows, channels, passes[:, None] & in_row, 0.0)
     value = tl.where(passes[:, None], passed, value)
     return tl.where(in_row & (image < batch)[:, None], value, 0.0), winner
 
@@ -252,7 +255,7 @@ def _pool_kernel(
     channels = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = channels < c
     for step in range(STEPS):
-        image, token = rows_of(tl.program_id(0) // blocks * STEPS + step, tokens, BLOCK_T)
+        image, token, row = rows_of(tl.program_id(0) // blocks * STEPS + step, tokens, BLOCK_T)
         value, _ = pool_tile(
             x_ptr, residual_ptr, weight_ptr, bias_ptr, image, token, channels, batch,
             prefix, h, w, new_w, c, x_stride_b, x_stride_n, residual_stride_b, residual_stride_n,
@@ -265,6 +268,6 @@ def _pool_kernel(
             if norm_bias_ptr is not None:
                 bias = tl.load(norm_bias_ptr + channels, mask=in_row, other=0.0).to(tl.float32)
                 value += bias[None, :]
-        pointers = out_ptr + ((image * tokens + token) * c)[:, None] + channels[None, :]
+        pointers = out_ptr + (row * c)[:, None] + channels[None, :]
         mask = (image < batch)[:, None] & in_row[None, :]
         tl.store(pointers, value.to(out_ptr.dtype.element_ty), mask=mask)

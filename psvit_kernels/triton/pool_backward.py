@@ -230,7 +230,7 @@ def _pool_backward_norm_kernel(
     dnorm_weight = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     dnorm_bias = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for step in range(steps):
-        image, token = rows_of(tl.program_id(0) * steps + step, tokens, BLOCK_T)
+        image, token, row = rows_of(tl.program_id(0) * steps + step, tokens, BLOCK_T)
         value, winner = pool_tile(
             x_ptr, residual_ptr, weight_ptr, bias_ptr, image, token, channels, batch,
             prefix, h, w, new_w, c, x_stride_b, x_stride_n, residual_stride_b, residual_stride_n,
@@ -245,7 +245,7 @@ def _pool_backward_norm_kernel(
         grad *= norm_weight[None, :]
         along = tl.sum(grad * value, 1) / c
         grad = (grad - (tl.sum(grad, 1) / c)[:, None] - value * along[:, None]) * rstd[:, None]
-        offsets = ((image * tokens + token) * c)[:, None] + channels[None, :]
+        offsets = (row * c)[:, None] + channels[None, :]
         tl.store(dpooled_ptr + offsets, grad.to(dpooled_ptr.dtype.element_ty), mask=mask)
         if winner_ptr is not None:
             tl.store(winner_ptr + offsets, winner.to(winner_ptr.dtype.element_ty), mask=mask)
@@ -264,14 +264,14 @@ def _pool_backward_winner_kernel(
 ):  # fmt: skip
     """Which tap of each window is the maximum."""
     blocks = tl.cdiv(c, BLOCK_C)
-    image, token = rows_of(tl.program_id(0) // blocks, tokens, BLOCK_T)
+    image, token, row = rows_of(tl.program_id(0) // blocks, tokens, BLOCK_T)
     channels = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     _, winner = pool_tile(
         x_ptr, residual_ptr, weight_ptr, bias_ptr, image, token, channels, batch,
         prefix, h, w, new_w, c, x_stride_b, x_stride_n, residual_stride_b, residual_stride_n,
         weight_stride_c, weight_stride_y, weight_stride_x, KIND, KERNEL, STRIDE, PADDING,
     )  # fmt: skip
-    pointers = winner_ptr + ((image * tokens + token) * c)[:, None] + channels[None, :]
+    pointers = winner_ptr + (row * c)[:, None] + channels[None, :]
     mask = (image < batch)[:, None] & (channels < c)[None, :]
     tl.store(pointers, winner.to(winner_ptr.dtype.element_ty), mask=mask)
 
@@ -286,7 +286,7 @@ def _pool_backward_kernel(
     """dx by cells of STRIDE x STRIDE tokens, prefix tokens before them. Tokens at the same place of
     their cells meet the same taps of the windows that hold them: no lane looks at taps in vain."""
     blocks = tl.cdiv(c, BLOCK_C)
-    image, row = rows_of(tl.program_id(0) // blocks, rows, BLOCK_T)
+    image, row, _ = rows_of(tl.program_id(0) // blocks, rows, BLOCK_T)
     channels = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = (channels < c)[None, :]
     grad_rows = grad_ptr + image * grad_stride_b
@@ -359,7 +359,7 @@ def _pool_backward_weight_kernel(
     in_row = channels < c
     total = tl.zeros((BLOCK_T, BLOCK_K, BLOCK_C), tl.float32)
     for block in range(tl.program_id(1) * blocks, (tl.program_id(1) + 1) * blocks):
-        image, window = rows_of(block, windows, BLOCK_T)
+        image, window, _ = rows_of(block, windows, BLOCK_T)
         y = (window // new_w * STRIDE[0] - PADDING[0])[:, None] + (taps // KERNEL[1])[None, :]
         x = (window % new_w * STRIDE[1] - PADDING[1])[:, None] + (taps % KERNEL[1])[None, :]
         in_grid = (y >= 0) & (y < h) & (x >= 0) & (x < w) & (image < batch)[:, None]
