@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ pytest.register_assert_rewrite("helpers")
 import helpers  # noqa: E402
 
 from psvit_kernels import registry  # noqa: E402
+from psvit_kernels.triton import interpreting  # noqa: E402
 
 #: Another number gives every test other random inputs.
 SEED = int(os.environ.get("PSVIT_TEST_SEED", "0"))
@@ -25,6 +27,28 @@ SEED = int(os.environ.get("PSVIT_TEST_SEED", "0"))
 def pytest_report_header() -> str:
     served = {name: helpers.unavailable(name) or "available" for name in registry.PROVIDERS}
     return f"psvit: PSVIT_TEST_SEED={SEED}, providers: {served}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """For each run that ``test_triton_interpreter.py`` waits for, its process and its output."""
+    here, running = Path(__file__).parent, {}
+    for item in request.session.items:
+        if item.path.name != "test_triton_interpreter.py":
+            continue
+        files = item.callspec.params["files"]
+        log = tmp_path_factory.mktemp("interpreter") / "log"
+        command = [str(Path(sys.executable).with_name("pytest")), "-p", "no:cacheprovider"]
+        command += ["-k", "triton", *(str(here / name) for name in files.split())]
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=here, stdout=file, stderr=subprocess.STDOUT,
+                env={**os.environ, "TRITON_INTERPRET": "1"},
+            )  # fmt: skip
+        running[files] = process, log
+    yield running
+    for process, _ in running.values():
+        process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +95,12 @@ def backend(request: pytest.FixtureRequest):
         yield request.param
 
 
-@pytest.fixture(params=[b for b in helpers.BACKENDS if b.provider != "reference"], ids=str)
+#: In the interpreter, which is slow, sweeps of sizes are for one dtype.
+SWEPT = [b for b in helpers.BACKENDS if b.provider != "reference"]
+SWEPT = [b for b in SWEPT if not (interpreting() and b.dtype == helpers.F16)]
+
+
+@pytest.fixture(params=SWEPT, ids=str)
 def kernel(request: pytest.FixtureRequest):
     """Each provider but the reference, for sweeps: the reference is made of PyTorch's own parts."""
     with helpers.serving(request.param.provider, request.param.dtype):

@@ -43,11 +43,11 @@ SHAPES = [
     (2, 2, 3, 50, 50, 64),
     (2, 2, 1, 64, 64, 32),
     (1, 2, 2, 65, 65, 80),
-    (8, 8, 1, 7, 65, 64),
-    (1, 1, 3, 197, 197, 64),
+    (5, 5, 1, 7, 65, 64),
+    (1, 1, 2, 197, 197, 64),
     (2, 2, 2, 50, 197, 48),
     (1, 4, 1, 197, 50, 1),
-    (1, 1, 2, 257, 257, 80),
+    (1, 1, 1, 257, 257, 80),
     (2, 2, 1, 65, 5, 128),
     (1, 2, 2, 18, 40, 127),
 ]
@@ -67,8 +67,8 @@ def test_dense_values_and_gradients_meet_the_bar(backend, shape):
     check_apply(random_case(shape, backend.dtype))
 
 
-def test_dense_values_and_gradients_meet_the_bar_at_577_tokens(backend):
-    check_apply(random_case((1, 1, 1, 577, 577, 64), backend.dtype))
+def test_dense_values_and_gradients_meet_the_bar_at_577_tokens(kernel):
+    check_apply(random_case((1, 1, 1, 577, 577, 64), kernel.dtype))
 
 
 @pytest.mark.parametrize("d", [*range(1, 20), 31, 33, 47, 63, 72, 96, 100, 112, 120, 127])
@@ -285,7 +285,7 @@ def test_same_bits_in_every_run_and_with_any_number_of_threads(cpu_provider, dty
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 16), (2, 3, 50, 64), (1, 2, 65, 17), (1, 2, 197, 64), (2, 1, 49, 128)],
+    "shape", [(1, 1, 1, 16), (2, 3, 50, 64), (1, 2, 65, 17), (1, 1, 197, 64), (2, 1, 49, 128)],
     ids=str,
 )  # fmt: skip
 def test_group_of_layers_meets_the_bar(backend, form, shape):

@@ -39,12 +39,12 @@ SHAPES = [
     (2, 3, 50, 50, 64, 64),
     (2, 1, 64, 64, 32, 32),
     (1, 2, 65, 65, 64, 80),
-    (8, 1, 7, 65, 80, 64),
-    (1, 3, 197, 197, 64, 64),
+    (5, 1, 7, 65, 80, 64),
+    (1, 2, 197, 197, 64, 64),
     (2, 2, 50, 197, 16, 48),
     (1, 1, 197, 50, 128, 1),
     (1, 2, 33, 65, 1, 128),
-    (1, 2, 257, 257, 80, 80),
+    (1, 1, 257, 257, 80, 80),
     (1, 1, 65, 5, 128, 128),
     (1, 2, 18, 40, 3, 127),
 ]
@@ -167,8 +167,8 @@ def test_values_and_gradients_meet_the_bar(backend, shape, form):
     check_attention(random_case(shape, backend.dtype, form))
 
 
-def test_values_and_gradients_meet_the_bar_at_577_tokens(backend):
-    check_attention(random_case((1, 1, 577, 577, 64, 64), backend.dtype, "dense"))
+def test_values_and_gradients_meet_the_bar_at_577_tokens(kernel):
+    check_attention(random_case((1, 1, 577, 577, 64, 64), kernel.dtype, "dense"))
 
 
 @pytest.mark.parametrize("d", [*range(1, 20), 31, 33, 47, 48, 63, 72, 96, 100, 112, 120, 127])

@@ -1,15 +1,11 @@
 """The tests of the operations on Triton's kernels, in Triton's interpreter on the CPU.
 
-Each file runs in a process of its own with TRITON_INTERPRET=1, which must be there before Triton is
-imported; all of them at once.
+They run in processes of their own, with TRITON_INTERPRET=1, which must be there before Triton is
+imported; ``interpreter_runs`` in ``conftest.py`` starts them with the session's first test, so that
+they use the time in which other tests leave a core idle.
 """
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,41 +15,16 @@ if interpreting():
     pytest.skip("this is the interpreter already", allow_module_level=True)
 pytest.importorskip("triton")
 
-HERE = Path(__file__).parent
 
-FILES = (
-    "test_attention.py",
-    "test_apply_attention.py",
-    "test_quantized_map.py",
-    "test_token_pool.py",
-    "test_maps.py",
-    "test_registration.py",
+@pytest.mark.parametrize(
+    "files",
+    [
+        "test_attention.py test_maps.py test_registration.py",
+        "test_apply_attention.py test_quantized_map.py test_token_pool.py test_triton_limits.py",
+    ],
 )
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory):
-    """One process a file, started together, and where its output goes."""
-    folder = tmp_path_factory.mktemp("interpreter")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [str(Path(sys.executable).with_name("pytest")), "-p", "no:cacheprovider"]
-    running = {}
-    for name in FILES:
-        log = folder / name
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [*command, "-k", "triton", str(HERE / name)],
-                cwd=HERE, env=environment, stdout=file, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        running[name] = process, log
-    yield running
-    for process, _ in running.values():
-        process.kill()
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_kernels_pass_in_the_interpreter(runs, name):
-    process, log = runs[name]
+def test_kernels_pass_in_the_interpreter(interpreter_runs, files):
+    process, log = interpreter_runs[files]
     process.wait()
     if process.returncode:
         pytest.fail(log.read_text()[-6000:], pytrace=False)
