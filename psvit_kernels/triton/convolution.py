@@ -109,8 +109,7 @@ def backward(
     norm_bias: Tensor | None,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    absent = x.new_empty(0)
-    dbias = dnorm_weight = dnorm_bias = absent
+    dbias, dnorm_weight, dnorm_bias = (x.new_empty(0) for _ in range(3))
     if norm_weight is not None:
         out = convolve(x, residual, grid, prefix, window, weight, bias, groups)
         grad, dnw, dnb = norm_backward(

@@ -2,14 +2,17 @@
 
 Bytes, with x of X bytes and a result of Y, and what reaches memory at least:
 
-| gradient             | launches                      | reads and writes     | at least      |
-|----------------------|-------------------------------|----------------------|---------------|
-| avg, stride          | dx                            | Y + X                | Y + X         |
-| max                  | winners, dx                   | 2 X + Y + W + (W)    | 2 X + Y       |
-| depthwise            | dx, dweight                   | 2 X + Y + (Y)        | 2 X + Y       |
-| any, with LayerNorm  | as above, LayerNorm's first   | + X + 2 Y (max: 2 Y) | 2 X + Y       |
+| pool                  | launches          | reads and writes        | at least |
+|-----------------------|-------------------|-------------------------|----------|
+| avg, stride           | dx                | X + Y                   | X + Y    |
+| max                   | winners, dx       | 2 X + Y + W + (W)       | 2 X + Y  |
+| depthwise             | dx, dweight       | 2 X + Y + (Y)           | 2 X + Y  |
+| avg, stride, and norm | norm, dx          | 2 X + 2 Y + (Y)         | 2 X + Y  |
+| max, and norm         | norm, dx          | 2 X + 2 Y + W + (Y + W) | 2 X + Y  |
+| depthwise, and norm   | norm, dx, dweight | 3 X + 2 Y + (2 Y)       | 2 X + Y  |
 
-W is one byte per element of Y; brackets: just written or read, so mostly in the L2 cache.
+W is one byte per element of Y; brackets: just written or read, so mostly in the L2 cache. A
+residual is another X wherever x is read; sums of parameters are a few percent of Y.
 LayerNorm's backward needs all channels of the pooled token, which is computed again; dx needs
 all windows of a token. Doing both at once would compute the rows of a block's halo twice.
 """
@@ -72,25 +75,25 @@ def token_pool_backward(
         grad_out = grad_out.contiguous()
     weight = taps_first(weight, x)
     pooled = tile_arguments(x, residual, grid, prefix, kind, window, weight, bias)
-    absent = x.new_empty(0)
-    dweight = dbias = dnorm_weight = dnorm_bias = absent
+    # Separate tensors, here and below: results of an operation may not share memory.
+    dweight, dbias, dnorm_weight, dnorm_bias = (x.new_empty(0) for _ in range(4))
     winner = None
     if kind == "max":
         dtype = torch.uint8 if math.prod(kernel) <= 256 else torch.int32
         winner = grad_out.new_empty(grad_out.shape, dtype=dtype)
     if norm_weight is not None:
         grad_out, sums = _through_norm(grad_out, pooled, winner, norm_weight, norm_eps)
-        dnorm_weight = sums[0].to(norm_weight.dtype)
+        dnorm_weight = sums[:, 0].sum(0).to(norm_weight.dtype)
         if norm_bias is not None:
-            dnorm_bias = sums[1].to(norm_bias.dtype)
+            dnorm_bias = sums[:, 1].sum(0).to(norm_bias.dtype)
     elif winner is not None:
         _find_winners(x, pooled, winner)
     dx = _gather(grad_out, x, winner, weight, grid, prefix, window)
     if weight is not None:
         sums = _weigh(grad_out, x, residual, grid, prefix, window)
-        dweight = sums[:-1].t().reshape(weight.shape).to(weight.dtype)
+        dweight = sums[:, :-1].sum(0).t().contiguous().view(weight.shape).to(weight.dtype)
         if bias is not None:
-            dbias = sums[-1].to(bias.dtype)
+            dbias = sums[:, -1].sum(0).to(bias.dtype)
     return dx, dweight, dbias, dnorm_weight, dnorm_bias
 
 
@@ -101,7 +104,8 @@ def _through_norm(
     norm_weight: Tensor,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the pooled tokens, and those of LayerNorm's weight and bias, (2, C)."""
+    """The gradient of the pooled tokens, and each program's share of those of LayerNorm's weight
+    and bias, (programs, 2, C)."""
     b, tokens, c = grad_out.shape
     dpooled = grad_out.new_empty(grad_out.shape)
     table = configs.pool_norm_backward(c)
@@ -121,7 +125,7 @@ def _through_norm(
         **strides("grad", grad_out),
     }
     launch(_pool_backward_norm_kernel, lambda meta: (programs,), arguments, table, c)
-    return dpooled, sums.sum(0)
+    return dpooled, sums
 
 
 def _find_winners(x: Tensor, pooled: dict[str, object], winner: Tensor) -> None:
@@ -179,7 +183,8 @@ def _weigh(
     prefix: int,
     window: Window,
 ) -> Tensor:
-    """Gradients of a depthwise weight, a tap a row, and last of the bias: (taps + 1, C)."""
+    """Each slice's share of the gradients of a depthwise weight and, last, of the bias: (slices,
+    taps + 1, C)."""
     b, _, c = x.shape
     windows = grad.shape[1] - prefix
     rows = math.prod(window[0]) + 1
@@ -210,7 +215,7 @@ def _weigh(
         table,
         (bucket(b * windows), c, *map(tuple, window)),
     )
-    return sums.sum(0)
+    return sums
 
 
 @triton.jit
