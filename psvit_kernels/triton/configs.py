@@ -45,7 +45,7 @@ def attention_stream(dtype: torch.dtype, d: int, biased: bool) -> list[Config]:
 
 
 def attention_delta(dtype: torch.dtype) -> list[Config]:
-    return [Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=1)]
+    return [Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1)]
 
 
 def attention_backward(
@@ -53,18 +53,22 @@ def attention_backward(
 ) -> list[Config]:
     """Sums of BLOCK_OWN x d for dK and dV, a tile of P and one of dP are in registers; the owned
     rows of two tensors and one more for each pair, and two stages of as many walked ones, in shared
-    memory. wgmma wants 64 walked rows; before sm_90 they pass through registers, and 32 fit.
+    memory. wgmma of sm_90 likes 64 walked rows; elsewhere they spill, and which others do is no
+    rule: ptxas gives a few bytes up where it sees a multiprocessor hold more programs then.
     """
     if dtype == torch.float32:
         if d > 64:
             return [Config({"BLOCK_OWN": 16, "BLOCK": 16}, num_warps=4, num_stages=2)]
         return [Config({"BLOCK_OWN": 32, "BLOCK": 16}, num_warps=8, num_stages=2)]
-    small = Config({"BLOCK_OWN": 64, "BLOCK": 32}, num_warps=8 if d > 64 else 4, num_stages=2)
-    large = Config({"BLOCK_OWN": 128, "BLOCK": 32}, num_warps=8, num_stages=2)
     if d > 64:
-        return [small] if capability < (9, 0) or pairs else [large, small]
+        walked = 32 if pairs < 2 else 16
+        return [Config({"BLOCK_OWN": 64, "BLOCK": walked}, num_warps=8, num_stages=2)]
+    small = Config({"BLOCK_OWN": 64, "BLOCK": 32}, num_warps=4, num_stages=2)
+    large = Config({"BLOCK_OWN": 128, "BLOCK": 32}, num_warps=8, num_stages=2)
     if capability < (9, 0):
         return [large]
+    if capability >= (10, 0):
+        return [small if pairs < 3 else large]
     return [Config({"BLOCK_OWN": 128, "BLOCK": 64}, num_warps=8, num_stages=2), large, small]
 
 
