@@ -19,8 +19,8 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize(
     "files",
     [
-        "test_attention.py test_maps.py test_registration.py",
-        "test_apply_attention.py test_quantized_map.py test_token_pool.py test_triton_limits.py",
+        "test_attention.py test_maps.py test_quantized_map.py test_registration.py",
+        "test_apply_attention.py test_token_pool.py test_triton_limits.py",
     ],
 )
 def test_kernels_pass_in_the_interpreter(interpreter_runs, files):
