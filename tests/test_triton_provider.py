@@ -72,6 +72,14 @@ def test_gpu_that_is_too_old(gpu, monkeypatch):
     assert reason(1, 1, 4, 16) == "compute capability (7, 5), below (8, 0)"
 
 
+def test_triton_that_is_too_old(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    assert provider.missing.__wrapped__() == "Triton 3.2.0, older than 3.6"
+    monkeypatch.setattr(triton, "__version__", "3.10.1+git")
+    assert provider.missing.__wrapped__() is None
+
+
 def test_interpreter_refuses_bfloat16(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(provider, "missing", lambda: None)

@@ -18,6 +18,7 @@ from . import capability, interpreting
 
 MAX_HEAD_DIM = 128
 MIN_CAPABILITY = (8, 0)
+MIN_TRITON = (3, 6)  # the oldest that the kernels have been compiled with
 E4M3_CAPABILITY = (8, 9)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -57,10 +58,11 @@ def missing() -> str | None:
     """Why this provider can't be used on this machine, or None."""
     if util.find_spec("triton") is None:
         return "Triton is not installed"
-    if interpreting():
-        return None
-    if not torch.cuda.is_available():
+    if not interpreting() and not torch.cuda.is_available():
         return "no GPU that PyTorch can use"
+    version = import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+        return f"Triton {version}, older than {MIN_TRITON[0]}.{MIN_TRITON[1]}"
     return None
 
 
