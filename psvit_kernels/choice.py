@@ -30,9 +30,9 @@ Shape = tuple[int, int, int, int, int]
 #: Rows and columns of the tiles that are computed whole.
 TILE = 64
 
-#: Longest row that the GPU kernel keeps in registers. A longer one is normalised and stored in a
-#: second sweep, which repeats scores and exponentials.
-ONE_SWEEP = 272
+#: Longest row that the GPU kernel keeps in registers, for a dense map and for 8 bits. A longer one
+#: is normalised and stored in a second sweep, which repeats scores and exponentials.
+ONE_SWEEP = {False: 272, True: 208}
 
 #: Largest part of a device's memory that one map may take.
 MEMORY_SHARE = 1 / 8
@@ -86,7 +86,8 @@ def estimate(
     else:
         itemsize, scales = (dtype.itemsize, 0) if form == "dense" else (1, rows)
         stored = heads * m * row_pitch(n, itemsize) * itemsize
-        sweeps = 2 if device.type != "cpu" and n > ONE_SWEEP else 1
+        longest = ONE_SWEEP[form != "dense"]
+        sweeps = 2 if device.type != "cpu" and n > longest else 1
         making = Kernel(everything + scales, stored, (sweeps + 1) * product, sweeps * exps)
         applying = Kernel(queries + keys + scales, stored, product, 0)
         memory = stored + scales

@@ -175,10 +175,11 @@ def test_half_of_float32_stands_for_float64() -> None:
 
 @needs_triton
 def test_the_kernel_for_short_rows_has_the_length_that_is_counted_with() -> None:
-    from psvit_kernels.triton import attention as kernels
+    from psvit_kernels.triton.attention import fits_registers
 
-    short = getattr(kernels, "SHORT", None) or sys.modules[kernels.__module__].SHORT
-    assert short == choice.ONE_SWEEP
+    for coded, longest in choice.ONE_SWEEP.items():
+        served = [fits_registers(n, 64, BF16, not coded) for n in (longest, longest + 1)]
+        assert served == [True, False]
 
 
 # --- explain ------------------------------------------------------------------------------------
