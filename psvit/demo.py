@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import psvit_kernels
+from psvit_kernels.registry import PREFERENCE
 
 from .accelerate import accelerate
 from .analyze import Analysis, analyze
@@ -206,8 +207,9 @@ def _latencies(
         if name == "original":
             functions[str(schedule), "PyTorch eager"] = partial(_eager(network), images)
             functions[str(schedule), "PyTorch SDPA"] = partial(network, images)
-        for provider, reason in psvit_kernels.providers().items():
-            if reason is None:
+        ready = psvit_kernels.providers()
+        for provider in (*PREFERENCE["cpu"], "reference"):
+            if ready[provider] is None:
                 functions[str(schedule), f"psvit {provider}"] = _forced(provider, fast, images)
     with progress("latency", 1) as step:
         found = interleaved(functions, seconds=settings.seconds, step=step)

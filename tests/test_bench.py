@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers import skip_unless_available
 
 from psvit.bench import add_arguments, cases, command, cores, main, measure, model, noise
 from psvit_kernels.registry import PROVIDERS
@@ -187,8 +188,13 @@ def test_one_wrong_output_of_many_is_enough():
     assert row.status == "refused" and not row.timings
 
 
+def test_the_compiled_provider_of_the_cpu_is_the_one_that_is_measured():
+    skip_unless_available("cpu")
+    assert measure.best_provider() == ("cpu", None)
+
+
 def test_a_provider_that_cannot_serve_is_said_not_replaced(monkeypatch):
-    name = next(name for name in PROVIDERS if name != "reference")
+    name = "cpu"
     monkeypatch.setattr(PROVIDERS[name], "supports", lambda op, args: "not today")
     row = measure.measure(cores.apply_case(TINY, FLOAT), name, rounds=1)
     assert row.status == "unavailable" and "not today" in (row.reason or "")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from psvit_kernels import use
-from psvit_kernels.registry import PROVIDERS
+from psvit_kernels.registry import PREFERENCE
 
 from .cases import Case, UnavailableError, Work
 from .noise import Others
@@ -309,7 +309,7 @@ def best_provider() -> tuple[str, str | None]:
     from psvit_kernels import attention
 
     x = torch.zeros(1, 1, 4, 8)
-    compiled = next(name for name in PROVIDERS if name != "reference")
+    compiled = PREFERENCE["cpu"][0]
     try:
         with use(compiled):
             partial(attention, return_map="dense")(x, x, x)
