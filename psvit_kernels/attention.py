@@ -41,7 +41,8 @@ def attention(
             log-sum-exp of each row: O(N) memory), or "auto": the fastest for this shape, this
             machine and so many reuses, exact where gradients are wanted (see ``explain``).
         reuses: how many layers will apply the map. That many gradients come back to q, k and bias
-            without an N x N gradient in memory; more than that are right too, by way of one.
+            without an N x N gradient in memory; more than that are right too, by way of one, and
+            so are those of a layer with a ``head_index`` or dropout.
 
     Returns:
         out: `[B, H, M, d']`, a view of `[B, M, H, d']` memory: merging heads copies nothing.

@@ -53,7 +53,7 @@ def _head_dims(*tensors: Tensor) -> str | None:
 
 
 def _drops(dropout: float) -> str | None:
-    return "dropout" if dropout else None
+    return "dropout of a map that isn't stored" if dropout else None
 
 
 def _pool_reason(
@@ -68,8 +68,8 @@ _SUPPORTS: dict[str, Callable[..., str | None]] = {
     "attention": lambda q, k, v, *_: _head_dims(q, v),
     "attention_quantized": lambda *_: "8-bit maps are the reference's on a CPU",
     "attention_backward": lambda *args: _head_dims(*args[5:8]),
-    "apply_dense": lambda storage, v, *rest: _drops(rest[2]) or _head_dims(v),
-    "apply_dense_backward": lambda g, storage, v, *rest: _drops(rest[2]) or _head_dims(v),
+    "apply_dense": lambda storage, v, *_: _head_dims(v),
+    "apply_dense_backward": lambda g, storage, v, *_: _head_dims(v),
     "apply_quantized": lambda *_: "8-bit maps are the reference's on a CPU",
     "apply_quantized_backward": lambda *_: "8-bit maps are the reference's on a CPU",
     "apply_factored": lambda q, k, lse, b, s, v, *rest: _drops(rest[2]) or _head_dims(q, v),
@@ -197,7 +197,23 @@ def _apply(rows, m, d, v, head_index, correction):
     return out
 
 
+def _dropped(map_storage, v, head_index, dropout, seed):
+    """The map of each receiver after dropout, stored, and what it was multiplied with.
+
+    The seed is all that the backward needs to make the same random numbers again.
+    """
+    if head_index is not None:
+        map_storage = map_storage[:, head_index]
+    generator = torch.Generator().manual_seed(int(seed))
+    kept = map_storage.new_empty(*v.shape[:2], *map_storage.shape[2:])
+    kept.bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+    return map_storage * kept, kept
+
+
 def apply_dense(map_storage, v, head_index, correction, dropout=0.0, seed=None, links=()):
+    if seed is not None:
+        map_storage, _ = _dropped(map_storage, v, head_index, dropout, seed)
+        head_index = None
     return _apply(_stored(map_storage), map_storage.shape[2], 0, v, head_index, correction)
 
 
@@ -235,6 +251,16 @@ def _linked_backward(rows, d, g, pv, v, correction):
 def apply_dense_backward(
     grad_out, map_storage, v, head_index, correction, dropout, seed, linked, out
 ):
+    if seed is not None:
+        dropped, kept = _dropped(map_storage, v, head_index, dropout, seed)
+        of_receivers, *others = apply_dense_backward(
+            grad_out, dropped, v, None, correction, 0.0, None, False, out
+        )
+        dmap = (of_receivers * kept).float().sum_to_size(map_storage.shape[0], *kept.shape[1:])
+        if head_index is not None:
+            index = torch.tensor(head_index)
+            dmap = dmap.new_zeros(map_storage.shape).index_add_(1, index, dmap)
+        return dmap.to(map_storage.dtype), *others
     g, pv, dv_direct, dcorrection = _before_correction(
         grad_out, out, v, correction, lambda: apply_dense(map_storage, v, head_index, None)
     )

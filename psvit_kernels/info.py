@@ -75,7 +75,7 @@ def collect() -> dict[str, Any]:
             f"{triton.MAX_HEAD_DIM}, compute capability {triton.MIN_CAPABILITY[0]}.0 and up; not "
             "run on hardware yet",
             "cpu": f"float32 and bfloat16, head dim up to {cpu.MAX_HEAD_DIM}; the reference serves "
-            "the rest, down to float16 and up to float64, and 8-bit maps and attention dropout",
+            "the rest, down to float16 and up to float64, and 8-bit maps",
             "map rows": f"start on multiples of {ROW_ALIGNMENT} bytes",
         },
     }

@@ -282,6 +282,36 @@ def test_dropout_has_the_gradients_of_its_own_mask(server, form):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("index", [None, [2, 0, 2, 1]], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_cpu_dropout_has_the_gradients_of_its_own_mask(batch, index):
+    """Which elements are kept, an identity for values shows; those are the map then."""
+    heads = 3 if index is None else 4
+    tensors = [probabilities(batch, 3, 20, 20), normal(2, heads, 20, 16), normal(heads, 3)]
+    g = normal(2, heads, 20, 16)
+
+    def run(apply):
+        p, v, correction = (t.detach().requires_grad_() for t in tensors)
+        torch.manual_seed(3)
+        out = apply(p, v, correction)
+        return (out, *torch.autograd.grad(out, (p, v, correction), g))
+
+    def dropped(p, v, correction):
+        m = pk.DenseMap.from_dense(p)
+        return pk.apply_attention(m, v, head_index=index, correction=correction, dropout=0.4)
+
+    def masked(p, v, correction):
+        ones = pk.DenseMap.from_dense(torch.ones_like(p))
+        eye = torch.eye(20).expand(2, heads, 20, 20)
+        kept = pk.apply_attention(ones, eye, head_index=index, dropout=0.4)
+        p = p.expand(2, 3, 20, 20)
+        return eager_apply((p if index is None else p[:, index]) * kept, v, correction=correction)
+
+    with serving("cpu"):
+        for got, want in zip(run(dropped), run(masked), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_reference_dropout_passes_gradcheck():
     storage = probabilities(1, 2, 4, 4).double().requires_grad_()
     v, seed = normal(2, 2, 4, 8, dtype=F64).requires_grad_(), torch.tensor([7])
