@@ -40,6 +40,9 @@ MEMORY_SHARE = 1 / 8
 #: Part of the time that 8 bits must save, as they are less exact.
 MARGIN = 0.2
 
+#: The 8-bit form that is considered: e4m3 takes as many bytes and is less exact.
+CODED = "uint8"
+
 #: Stands for a size that tracing knows nothing of.
 _UNKNOWN_SIZE = 1024
 
@@ -121,13 +124,13 @@ def choose(
         needs_grad: whether gradients are wanted.
         rates: of the device.
     """
-    coded = rates.eight_bits or "8 bits"
     refused = {}
-    if rates.eight_bits is None:
-        refused[coded] = f"no kernel on {device.type} stores or applies 8 bits"
+    forms = ("dense", "factored", CODED)
+    if device.type != "cuda":
+        forms = forms[:2]
+        refused[CODED] = f"no kernel on {device.type} stores or applies 8 bits"
     elif needs_grad:
-        refused[coded] = "training keeps exact maps"
-    forms = ("dense", "factored") if rates.eight_bits is None else ("dense", "factored", coded)
+        refused[CODED] = "training keeps exact maps"
     estimates = {form: estimate(form, shape, dtype, device, rates) for form in forms}
     limit = MEMORY_SHARE * rates.memory
     for form in forms:
@@ -135,7 +138,7 @@ def choose(
             share = f"{MEMORY_SHARE:.1%} of the device's memory"
             refused.setdefault(form, f"takes more than {scaled(limit)}B, {share}")
     total = {form: estimates[form].total(reuses) for form in forms if form not in refused}
-    coded_total = total.pop(coded, None)
+    coded_total = total.pop(CODED, None)
     best = min(total, key=lambda form: total[form])  # the first, and more exact, of equals
     reason = "the fastest exact form" if len(total) > 1 else "the only exact form that fits"
     if coded_total is None:
@@ -143,8 +146,8 @@ def choose(
     saved = 1 - coded_total / total[best]
     if saved >= MARGIN:
         reason = f"saves {saved:.0%} of the time of the fastest exact form, {best}"
-        return Choice(coded, reason, estimates, refused)
-    reason += f"; {coded} is less exact and would have to save {MARGIN:.0%} of its time"
+        return Choice(CODED, reason, estimates, refused)
+    reason += f"; {CODED} is less exact and would have to save {MARGIN:.0%} of its time"
     return Choice(best, reason, estimates, refused)
 
 
@@ -156,7 +159,7 @@ def choose_form(
     needs_grad: bool,
     rates: Rates | None = None,
 ) -> str:
-    """ "dense", "factored", "uint8" or "e4m3", as ``choose``; rates of the device if None."""
+    """ "dense", "factored" or "uint8", as ``choose``; rates of the device if None."""
     rates = probe.rates(device) if rates is None else rates
     return choose(shape, reuses, dtype, device, needs_grad, rates).form
 

@@ -35,7 +35,6 @@ class Rates(NamedTuple):
     bfloat16: float
     float16: float
     memory: float  # bytes, all that the device has
-    eight_bits: str | None  # the code of 8-bit maps, if there are kernels for any
     origin: str  # where the rates come from
 
     def matrix(self, dtype: torch.dtype) -> float:
@@ -49,12 +48,12 @@ _MEASURED = ("copy", "exp", "float32", "bfloat16", "float16")
 #: What serves where nothing is measured, so that every process and machine chooses alike.
 _ASSUMED = {
     # Measured elsewhere on one H200: copy, exp and bfloat16. float32: its data sheet. Memory: of a
-    # smaller card, so that the choice fits that as well; uint8 runs on every GPU.
-    "cuda": Rates(4.3e12, 3.7e12, 67e12, 790e12, 790e12, 24e9, "uint8", "those of an H200"),
+    # smaller card, so that the choice fits that as well.
+    "cuda": Rates(4.3e12, 3.7e12, 67e12, 790e12, 790e12, 24e9, "those of an H200"),
     # Measured on two cores of a server processor (EPYC, Zen 5). Half precision is computed in
     # float32 there.
     "cpu": Rates(
-        70e9, 3.3e9, 200e9, 200e9, 200e9, 16e9, None, "those of two cores of a server processor"
+        70e9, 3.3e9, 200e9, 200e9, 200e9, 16e9, "those of two cores of a server processor"
     ),
 }
 
@@ -91,11 +90,9 @@ def rates(device: torch.device | str, *, may_measure: bool = True) -> Rates:
                 _warn(f"the rates of {key} could not be measured: {error}")
                 return _known.setdefault(key, _assumed(device, "measuring failed"))
             _keep(key, found)
-        memory, eight_bits = _hardware(device)
         copy, exp, float32, bfloat16, float16 = (found[name] for name in _MEASURED)
-        _known[key] = Rates(
-            copy, exp, float32, bfloat16, float16, memory, eight_bits, f"{origin}: {key}"
-        )
+        memory = _memory(device)
+        _known[key] = Rates(copy, exp, float32, bfloat16, float16, memory, f"{origin}: {key}")
     return _known[key]
 
 
@@ -117,10 +114,8 @@ def _not_now(device: torch.device) -> str | None:
 
 
 def _assumed(device: torch.device, reason: str) -> Rates:
-    is_known = device.type in _ASSUMED
-    found = _ASSUMED[device.type if is_known else "cuda"]
-    eight_bits = found.eight_bits if is_known else None
-    return found._replace(eight_bits=eight_bits, origin=f"assumed, {found.origin}: {reason}")
+    found = _ASSUMED[device.type if device.type in _ASSUMED else "cuda"]
+    return found._replace(origin=f"assumed, {found.origin}: {reason}")
 
 
 # --- what the device is -----------------------------------------------------------------------
@@ -148,15 +143,14 @@ def cpu_name() -> str:
 
 
 @cache
-def _hardware(device: torch.device) -> tuple[float, str | None]:
-    """Bytes of memory, and the code of 8-bit maps that suits it."""
+def _memory(device: torch.device) -> float:
+    """Bytes that it has."""
     if device.type == "cuda":
-        # Not e4m3, where the hardware has it: it takes as many bytes and is less exact.
-        return float(torch.cuda.get_device_properties(device).total_memory), "uint8"
+        return float(torch.cuda.get_device_properties(device).total_memory)
     try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), None
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, OSError, ValueError):
-        return _ASSUMED["cpu"].memory, None
+        return _ASSUMED["cpu"].memory
 
 
 # --- measuring ----------------------------------------------------------------------------------

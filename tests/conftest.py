@@ -17,7 +17,7 @@ pytest.register_assert_rewrite("helpers")
 
 import helpers  # noqa: E402
 
-from psvit_kernels import registry  # noqa: E402
+from psvit_kernels import probe, registry  # noqa: E402
 from psvit_kernels.triton import interpreting  # noqa: E402
 
 #: Another number gives every test other random inputs.
@@ -105,3 +105,26 @@ def kernel(request: pytest.FixtureRequest):
     """Each provider but the reference, for sweeps: the reference is made of PyTorch's own parts."""
     with helpers.serving(request.param.provider, request.param.dtype):
         yield request.param
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of its own, in a process that knows no rates and isn't deterministic."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(probe, "_known", {})
+    probe._warn.cache_clear()
+    torch.use_deterministic_algorithms(False)  # conftest sets it again
+    return tmp_path
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Devices that were measured; each gives the same rates at once."""
+    devices: list[torch.device] = []
+
+    def measure(device: torch.device) -> dict[str, float]:
+        devices.append(device)
+        return dict(helpers.MEASURED)
+
+    monkeypatch.setattr(probe, "_measure", measure)
+    return devices

@@ -1,18 +1,9 @@
-"""The choice of a map's form: its arithmetic, the rates it rests on, and that nothing breaks it."""
+"""The choice of a map's form: its arithmetic, in words, and in compiled code."""
 
 from __future__ import annotations
 
-import json
 import math
-import multiprocessing
-import os
 import re
-import stat
-import subprocess
-import sys
-import threading
-import time
-import warnings
 from importlib import util
 from pathlib import Path
 
@@ -22,15 +13,14 @@ from helpers import BF16, F16, F32, F64
 from torch.fx.experimental import symbolic_shapes
 
 import psvit_kernels as pk
-from psvit_kernels import choice, info, probe
+from psvit_kernels import choice, probe
 from psvit_kernels.probe import Rates
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 needs_triton = pytest.mark.skipif(util.find_spec("triton") is None, reason="Triton is missing")
 
 #: The H200 of the estimates that the model is held against.
-H200 = Rates(4.3e12, 3.7e12, 67e12, 790e12, 790e12, 141e9, "e4m3", "test")
-MEASURED = {"copy": 4e12, "exp": 3e12, "float32": 5e13, "bfloat16": 7e14, "float16": 7e14}
+H200 = Rates(4.3e12, 3.7e12, 67e12, 790e12, 790e12, 141e9, "test")
 
 
 def form(n, reuses=1, *, b=64, h=12, d=64, dtype=BF16, device=GPU, training=False, rates=H200):
@@ -42,29 +32,6 @@ def applied(kind: str, n: int, dtype: torch.dtype = BF16, rates: Rates = H200) -
     return 1e9 * choice.estimate(kind, (1, 1, n, n, 64), dtype, GPU, rates).applied
 
 
-@pytest.fixture
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of its own, in a process that knows no rates and isn't deterministic."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(probe, "_known", {})
-    probe._warn.cache_clear()
-    torch.use_deterministic_algorithms(False)  # conftest sets it again
-    return tmp_path
-
-
-@pytest.fixture
-def probed(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """Devices that were measured; each gives the same rates at once."""
-    devices: list[torch.device] = []
-
-    def measure(device: torch.device) -> dict[str, float]:
-        devices.append(device)
-        return dict(MEASURED)
-
-    monkeypatch.setattr(probe, "_measure", measure)
-    return devices
-
-
 # --- the arithmetic -----------------------------------------------------------------------------
 
 
@@ -74,26 +41,22 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 def test_applying_a_stored_map_takes_its_bytes(n: int, dense: float, eight: float) -> None:
     # Counted by hand, without the padding of rows and tiles.
     assert applied("dense", n) == pytest.approx(dense, rel=0.02)
-    assert applied("e4m3", n) == pytest.approx(eight, rel=0.1)
+    assert applied("uint8", n) == pytest.approx(eight, rel=0.1)
 
 
 def test_a_factored_map_overtakes_a_dense_one_between_577_and_1025_tokens() -> None:
     assert applied("factored", 197) > 1.3 * applied("dense", 197)
     assert applied("factored", 577) > applied("dense", 577)
     assert applied("factored", 1025) < applied("dense", 1025)
-    assert applied("e4m3", 1025) < applied("factored", 1025)
+    assert applied("uint8", 1025) < applied("factored", 1025)
 
 
 def test_the_choice_flips_with_tokens_and_reuses() -> None:
     assert form(197) == form(197, 2) == "dense"
     assert form(577) == form(1025) == form(2305) == "factored"
-    assert form(577, 4) == form(1025, 6) == "e4m3"
+    assert form(577, 4) == form(1025, 6) == "uint8"
     assert form(197, 50, training=True) == form(577, 50, training=True) == "dense"
     assert form(1025, 50, training=True) == "factored"
-
-
-def test_older_gpus_use_the_integer_code() -> None:
-    assert form(577, 4, rates=H200._replace(eight_bits="uint8")) == "uint8"
 
 
 def test_one_estimate_by_hand() -> None:
@@ -107,11 +70,11 @@ def test_one_estimate_by_hand() -> None:
     assert on_cpu.exps == made.exps / 2
 
 
-@pytest.mark.parametrize("kind", ["dense", "factored", "e4m3"])
+@pytest.mark.parametrize("kind", ["dense", "factored", "uint8"])
 def test_estimated_memory_is_that_of_the_map(kind: str) -> None:
     q, k, v = torch.randn(2, 3, 9, 16), torch.randn(2, 3, 21, 16), torch.randn(2, 3, 21, 16)
     found = choice.estimate(kind, (2, 3, 9, 21, 16), F32, CPU, H200).memory
-    if kind == "e4m3":
+    if kind == "uint8":
         made = pk.QuantizedMap.from_dense(torch.rand(2, 3, 9, 21), kind)
     else:
         made = pk.attention(q, k, v, return_map=kind)[1]
@@ -129,14 +92,13 @@ def test_a_map_that_does_not_fit_is_factored() -> None:
     small = H200._replace(memory=2e9)
     assert form(197, 2, training=True, b=256) == "dense"
     assert form(197, 2, training=True, b=256, rates=small._replace(memory=1e9)) == "factored"
-    assert form(4097, 8, b=256) == "factored" and form(4097, 8, b=1) == "e4m3"
+    assert form(4097, 8, b=256) == "factored" and form(4097, 8, b=1) == "uint8"
     # Half of the bytes still fit.
-    assert form(197, 20, b=256, rates=H200._replace(memory=1.5e9)) == "e4m3"
+    assert form(197, 20, b=256, rates=H200._replace(memory=1.5e9)) == "uint8"
 
 
 def test_ties_go_to_the_more_exact_form() -> None:
     at_once = H200._replace(copy=math.inf, exp=math.inf, bfloat16=math.inf)
-    assert form(577, 3, rates=at_once._replace(eight_bits=None)) == "dense"
     assert form(577, 3, training=True, rates=at_once) == "dense"
 
 
@@ -146,12 +108,12 @@ def test_eight_bits_have_to_save_their_margin() -> None:
             found = choice.choose((8, 12, n, n, 64), reuses, BF16, GPU, False, H200)
             totals = {kind: e.total(reuses) for kind, e in found.estimates.items()}
             exact = min(totals["dense"], totals["factored"])
-            assert (found.form == "e4m3") == (totals["e4m3"] <= (1 - choice.MARGIN) * exact)
+            assert (found.form == "uint8") == (totals["uint8"] <= (1 - choice.MARGIN) * exact)
 
 
 def test_more_reuses_never_speak_for_rebuilding_what_is_read_faster() -> None:
     for n in (50, 197, 257, 577, 1025, 2305):
-        eight = [form(n, reuses, b=1) == "e4m3" for reuses in range(1, 40)]
+        eight = [form(n, reuses, b=1) == "uint8" for reuses in range(1, 40)]
         assert eight == sorted(eight)  # once chosen, chosen for more
         if applied("dense", n) < applied("factored", n):
             dense = [form(n, reuses, b=1, training=True) == "dense" for reuses in range(1, 40)]
@@ -191,7 +153,7 @@ def test_explains_in_words_and_numbers(cache_folder: Path, probed: list) -> None
     assert "measured just now" in text and probe.device_key(CPU) in text
     assert "copy 4 TB/s, products 50 TFLOP/s, exponentials 3 T/s" in text
     assert re.search(r"^dense +15\.1 MB +\d", text, re.M)
-    assert "8 bits not considered: no kernel on cpu" in text
+    assert "uint8 not considered: no kernel on cpu" in text
     assert text.splitlines()[-1].startswith("chosen: dense, the fastest exact form")
 
 
@@ -269,229 +231,6 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         pk.explain((2, 3, 7, 16), device="cuda:5")
 
 
-# --- rates --------------------------------------------------------------------------------------
-
-
-def test_measures_a_cpu_once_and_keeps_it(
-    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probe, "_WARM_UP", 0.0)
-    monkeypatch.setattr(probe, "_SECONDS", 0.01)
-    state = torch.get_rng_state()
-    with torch.autocast("cpu", dtype=BF16):
-        found = probe.rates("cpu")
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(1e6 < getattr(found, name) < 1e16 for name in MEASURED)
-    assert found.eight_bits is None and found.memory > 1e8
-    assert found.origin.startswith("measured just now")
-    (entry,) = json.loads((cache_folder / "psvit" / "rates.json").read_text()).values()
-    assert entry == {name: getattr(found, name) for name in MEASURED}
-    assert probe.rates("cpu") is found
-    probe._known.clear()
-    again = probe.rates("cpu")
-    assert again[:7] == found[:7] and again.origin.startswith("measured earlier")
-
-
-def test_other_threads_are_another_machine(cache_folder: Path, probed: list) -> None:
-    before = torch.get_num_threads()
-    probe.rates("cpu")
-    try:
-        torch.set_num_threads(before + 1)
-        probe.rates("cpu")
-    finally:
-        torch.set_num_threads(before)
-    probe.rates("cpu")
-    assert probed == [CPU, CPU]
-    assert len(json.loads(probe.cache_file().read_text())) == 2
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"\xff\xfe",
-        b"[]",
-        b"null",
-        b'{"%s": null}',
-        b'{"%s": {"copy": 1.0}}',
-        b'{"%s": {"copy": "1", "exp": 1, "float32": 1, "bfloat16": 1, "float16": 1}}',
-        b'{"%s": {"copy": 0, "exp": 1, "float32": 1, "bfloat16": 1, "float16": 1}}',
-        b'{"%s": {"copy": NaN, "exp": 1, "float32": 1, "bfloat16": 1, "float16": 1}}',
-        b'{"%s": {"copy": 1e999, "exp": 1, "float32": 1, "bfloat16": 1, "float16": 1}}',
-    ],
-)
-@pytest.mark.filterwarnings("ignore:psvit_kernels. kept rates could not be read")
-def test_a_corrupt_cache_is_measured_again(cache_folder, probed, content: bytes) -> None:
-    path = probe.cache_file()
-    path.parent.mkdir()
-    path.write_bytes(content.replace(b"%s", probe.device_key(CPU).encode()))
-    assert probe.rates("cpu").copy == MEASURED["copy"] and probed == [CPU]
-    assert json.loads(path.read_text())[probe.device_key(CPU)] == MEASURED
-
-
-def test_a_corrupt_cache_is_one_warning(cache_folder: Path, probed: list) -> None:
-    path = probe.cache_file()
-    path.parent.mkdir()
-    path.write_text("{")
-    with pytest.warns(UserWarning, match="kept rates could not be read") as caught:
-        probe.rates("cpu")
-    assert len(caught) == 1
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
-def test_a_folder_without_permission(cache_folder: Path, probed: list) -> None:
-    cache_folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.warns(UserWarning, match="could not be kept") as caught:
-        assert probe.rates("cpu").copy == MEASURED["copy"]
-    cache_folder.chmod(stat.S_IRWXU)
-    assert len(caught) == 1
-
-
-def test_a_cache_that_cannot_be_written_is_one_warning(
-    cache_folder: Path, probed: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (cache_folder / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_folder / "file"))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert probe.rates("cpu").copy == probe.rates("cpu").copy == MEASURED["copy"]
-    assert ["could not be kept" in str(w.message) for w in caught] in ([True], [False, True])
-    assert probed == [CPU]
-
-
-def test_nothing_is_left_behind_where_renaming_fails(cache_folder: Path, probed: list) -> None:
-    probe.cache_file().mkdir(parents=True)  # a folder where the file should be
-    with pytest.warns(UserWarning, match="could not be"):
-        probe.rates("cpu")
-    assert [path.name for path in (cache_folder / "psvit").iterdir()] == ["rates.json"]
-
-
-def test_no_home_is_no_error(
-    cache_folder: Path, probed: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.delenv("LOCALAPPDATA", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
-    with pytest.warns(UserWarning, match="could not be"):
-        assert probe.rates("cpu").copy == MEASURED["copy"]
-
-
-@pytest.mark.parametrize(
-    ("system", "folder"),
-    [("linux", ".cache"), ("darwin", "Library/Caches"), ("win32", "AppData/Local")],
-)
-def test_where_rates_are_kept(
-    system: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its specification wants ignored
-    monkeypatch.delenv("LOCALAPPDATA", raising=False)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(sys, "platform", system)
-    assert probe.cache_file() == tmp_path / folder / "psvit" / "rates.json"
-
-
-def _keep_many(folder: str, name: str) -> None:
-    os.environ["XDG_CACHE_HOME"] = folder
-    for i in range(100):
-        probe._keep(f"{name}{i % 2}", MEASURED)
-
-
-def test_two_processes_write_at_once(cache_folder: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    writers = [
-        context.Process(target=_keep_many, args=(str(cache_folder), name)) for name in ("a", "b")
-    ]
-    for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
-        time.sleep(0.01)
-        content = probe._read()  # a warning, if half of a file is seen, fails the test
-        assert all(entry == MEASURED for entry in content.values())
-    assert [writer.exitcode for writer in writers] == [0, 0]
-    assert probe._read()
-    assert [path.name for path in (cache_folder / "psvit").iterdir()] == ["rates.json"]
-
-
-def test_measuring_that_fails_is_one_warning(
-    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(device: torch.device) -> dict[str, float]:
-        raise torch.OutOfMemoryError("no memory")
-
-    monkeypatch.setattr(probe, "_measure", broken)
-    with pytest.warns(UserWarning, match="could not be measured: no memory") as caught:
-        assert probe.rates("cpu").origin.endswith("measuring failed")
-        assert probe.rates("cpu").origin.endswith("measuring failed")
-    assert len(caught) == 1 and not probe.cache_file().exists()
-
-
-def test_deterministic_mode_freezes_the_choice(cache_folder: Path, probed: list) -> None:
-    probe._known[probe.device_key(CPU)] = H200
-    before = pk.explain((8, 12, 577, 64), device="cpu")
-    torch.use_deterministic_algorithms(True)
-    frozen = probe.rates("cpu")
-    assert frozen[:7] == probe._ASSUMED["cpu"][:7]
-    assert probe.rates("cuda")[:7] == probe._ASSUMED["cuda"][:7]
-    text = pk.explain((8, 12, 577, 64), device="cpu")
-    assert text != before and "deterministic mode freezes the choice" in text
-    assert not probed
-
-
-def test_other_devices_are_not_measured(cache_folder: Path, probed: list) -> None:
-    found = probe.rates("meta")
-    assert found.eight_bits is None and "nothing is measured on meta" in found.origin
-    assert choice.resolve((8, 12, 197, 197, 64), 2, BF16, torch.device("meta"), False) == "dense"
-    assert not probed
-
-
-def test_nothing_is_measured_while_a_graph_is_captured(
-    cache_folder: Path, probed: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(probe, "device_key", lambda device: "a GPU")
-    monkeypatch.setattr(probe, "_hardware", lambda device: (8e10, "e4m3"))
-    assert "while a CUDA graph is captured" in probe.rates(GPU).origin
-    assert not probed
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert probe.rates(GPU)[:7] == (*(MEASURED[n] for n in MEASURED), 8e10, "e4m3")
-    assert probed == [GPU]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert "measured just now" in probe.rates(GPU).origin
-
-
-def test_nothing_is_measured_with_fake_tensors(cache_folder: Path, probed: list) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        assert "while PyTorch traces" in probe.rates("cpu").origin
-    assert not probed
-
-
-def test_threads_may_ask_at_once(cache_folder: Path, probed: list) -> None:
-    found: list[Rates] = []
-    threads = [threading.Thread(target=lambda: found.append(probe.rates("cpu"))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4 and len({rates[:7] for rates in found}) == 1
-
-
-def test_info_shows_what_is_kept_and_measures_nothing(cache_folder: Path, probed: list) -> None:
-    def shown() -> str:
-        return dict(info.lines(info.collect()))["rates"]
-
-    assert shown() == "not measured yet: psvit_kernels.explain(...) does" and not probed
-    probe.rates("cpu")
-    assert shown().startswith(f"{probe.device_key(CPU)}: copy 4 TB/s, exponentials 3 T/s")
-    assert len(probed) == 1
-
-
 # --- torch.compile ------------------------------------------------------------------------------
 
 #: PyTorch 2.6 tells no size to who traces: there a size becomes a constant.
@@ -556,25 +295,3 @@ def test_exports_with_a_dynamic_size(strict: bool, flip_at_100: list) -> None:
         Module(), (torch.ones(2, 3, 20, 16),), dynamic_shapes={"q": {2: tokens}}, strict=strict
     )
     assert exported.module()(torch.ones(2, 3, 500, 16)).flatten()[0].item() == len("dense")
-
-
-# --- the kernel that counts exponentials --------------------------------------------------------
-
-_INTERPRETED = """
-import torch
-from psvit_kernels.triton.exponentials import ROUNDS, exponentials
-x = torch.linspace(0, 8, 1500)
-expected = x
-for _ in range(ROUNDS):
-    expected = torch.exp2(-expected)
-torch.testing.assert_close(exponentials(x), expected)
-"""
-
-
-@needs_triton
-def test_exponentials_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _INTERPRETED], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
