@@ -125,7 +125,7 @@ def choose(
         rates: of the device.
     """
     refused = {}
-    forms = ("dense", "factored", CODED)
+    forms: tuple[str, ...] = ("dense", "factored", CODED)
     if device.type != "cuda":
         forms = forms[:2]
         refused[CODED] = f"no kernel on {device.type} stores or applies 8 bits"

@@ -10,8 +10,9 @@ row), so that it sums to 1 whatever rounding did.
 - float8_e4m3fn: 256 e, weight the value itself. Three bits of mantissa, 2^-17 of the maximum the
   smallest step.
 
-Measured on the maps of a pretrained ViT-Tiny (16 images, 12 layers, error of P V relative to its
-norm): uint8 0.0016, e4m3 0.0071, an even uint8 (round(255 e)) 0.0157, a bfloat16 map 0.0009.
+Measured by ``bench/map_error.py`` on a pretrained ViT-Tiny (16 images, 12 layers, error of P V
+relative to its norm): uint8 0.0016, e4m3 0.0071, an even uint8 (round(255 e)) 0.0157, a bfloat16
+map 0.0009.
 """
 
 from __future__ import annotations

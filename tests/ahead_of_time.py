@@ -2,12 +2,14 @@
 
 ``launches`` runs an operation of the provider on tensors without memory and catches what it would
 have launched; ``compiled`` compiles one of that. A plain module, so that worker processes can
-import it.
+import it. As a script, it writes what every case takes on every target, as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -281,3 +283,33 @@ def compiled_case(name: str, backend: str, architecture: int | str, warp: int) -
     target = GPUTarget(backend, architecture, warp)
     capability = divmod(architecture, 10) if isinstance(architecture, int) else (9, 4)
     return [compiled(one, target) for one in launches(CASES[name], capability)]
+
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+def main(output: Path) -> None:
+    """Writes registers, bytes of stack (spills) and of shared memory, or why there are none."""
+    table: dict[str, dict[str, Any]] = {target: {} for target in TARGETS}
+    for target, where in TARGETS.items():
+        for case in CASES:
+            try:
+                found = compiled_case(case, *where)
+            except triton.CompilationError as error:
+                table[target][case] = str(error).splitlines()[-1]
+                continue
+            sizes = [one._asdict() for one in found]
+            table[target][case] = [
+                {key: value for key, value in one.items() if key != "assembly"} for one in sizes
+            ]
+    result = {"triton": triton.__version__, "targets": table}
+    output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

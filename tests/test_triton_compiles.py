@@ -35,7 +35,7 @@ def jobs(request: pytest.FixtureRequest):
             call = getattr(item, "callspec", None)
             if call is not None and item.path == request.path:
                 key = (call.params["case"], call.params["architecture"])
-                found[key] = pool.submit(aot.compiled_case, key[0], "cuda", key[1], 32)
+                found[key] = pool.submit(aot.compiled_case, key[0], *aot.TARGETS[f"sm_{key[1]}"])
         yield found
         pool.shutdown(cancel_futures=True)
 
