@@ -1,0 +1,516 @@
+#include "emulator.h"
+
+#include <ucontext.h>
+
+#include <array>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <vector>
+
+emulator::Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+namespace {
+
+constexpr size_t STACK = 256 * 1024;
+constexpr int WARP = 32, WARPGROUP = 128;
+
+struct CopyAsync {
+    uint32_t to;
+    const void* from;
+    bool inside;
+};
+
+struct Fiber {
+    unsigned thread = 0;
+    bool started = false, done = false;
+    std::unique_ptr<char[]> stack;
+    ucontext_t start;
+    jmp_buf resume;
+    std::deque<std::vector<CopyAsync>> copies;  // the last group is not committed yet
+};
+
+struct Meeting {
+    std::vector<void*> arguments;
+    std::vector<Fiber*> waiting;
+    void (*together)(void**) = nullptr;
+};
+
+struct Mbarrier {
+    int arrivals, pending, bytes = 0;
+    uint32_t phase = 0;
+    std::vector<Fiber*> waiting;
+};
+
+struct Tma {
+    uint32_t to, barrier;
+    TensorMap map;
+    int place[4];
+};
+
+struct WarpgroupProduct {
+    std::vector<Product> threads;
+    std::vector<std::array<uint32_t, 4>> a;
+};
+
+// One block under way; `fibers` and the generator outlive it.
+struct Block {
+    std::vector<unsigned char> memory;
+    unsigned char* shared = nullptr;
+    size_t shared_bytes = 0;
+    std::vector<Fiber*> ready;
+    int done = 0;
+    std::map<std::pair<int, int>, Meeting> meetings;  // by scope and number
+    std::map<uint32_t, Mbarrier> barriers;
+    std::vector<Tma> copies;
+    std::map<int, std::deque<std::vector<WarpgroupProduct>>> products;  // the last is not committed
+};
+
+std::vector<std::unique_ptr<Fiber>> fibers;
+Block block;
+Fiber* current = nullptr;
+jmp_buf scheduler;
+const std::function<void()>* kernel = nullptr;
+std::string trouble;
+
+uint64_t random_state = [] {
+    const char* seed = std::getenv("PSVIT_EMULATOR_SEED");
+    return (seed ? std::strtoull(seed, nullptr, 10) : 0) * 2 + 0x9E3779B97F4A7C15u;
+}();
+
+uint32_t random_below(uint32_t limit) {
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return uint32_t((random_state >> 32) * limit >> 32);
+}
+
+void suspend() {
+    if (!_setjmp(current->resume)) _longjmp(scheduler, 1);
+}
+
+void wake(std::vector<Fiber*>& waiting) {
+    block.ready.insert(block.ready.end(), waiting.begin(), waiting.end());
+    waiting.clear();
+}
+
+void fiber_main() {
+    (*kernel)();
+    current->done = true;
+    ++block.done;
+    _longjmp(scheduler, 1);
+}
+
+void start_fibers(int threads) {
+    while (int(fibers.size()) < threads) {
+        fibers.push_back(std::make_unique<Fiber>());
+        fibers.back()->stack.reset(new char[STACK]);
+    }
+    for (int t = 0; t < threads; ++t) {
+        Fiber& f = *fibers[t];
+        f.thread = t;
+        f.started = f.done = false;
+        f.copies.assign(1, {});
+        getcontext(&f.start);
+        f.start.uc_stack = {f.stack.get(), 0, STACK};
+        makecontext(&f.start, fiber_main, 0);
+        block.ready.push_back(&f);
+    }
+}
+
+// The swizzle of 128 bytes: 16-byte column c of each 128 bytes is at c ^ (row of 128 bytes % 8).
+uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+void complete_barrier(Mbarrier& b) {
+    if (b.pending != 0 || b.bytes != 0) return;
+    b.pending = b.arrivals;
+    ++b.phase;
+    wake(b.waiting);
+}
+
+Mbarrier& barrier_at(uint32_t address) {
+    auto found = block.barriers.find(address);
+    if (found == block.barriers.end()) fail("a barrier that was not initialised");
+    return found->second;
+}
+
+const unsigned char* element(const Tma& copy, uint32_t column, uint32_t row) {
+    const int64_t place[4] = {copy.place[0] + int64_t(column), copy.place[1] + int64_t(row),
+                              copy.place[2], copy.place[3]};
+    const unsigned char* found = copy.map.data;
+    for (int d = 0; d < 4; ++d) {
+        if (place[d] < 0 || uint64_t(place[d]) >= copy.map.sizes[d]) return nullptr;
+        found += place[d] * int64_t(copy.map.strides[d]);
+    }
+    return found;
+}
+
+void perform(const Tma& copy) {
+    const int bytes = copy.map.element_bytes, columns = 128 / bytes;
+    for (uint32_t row = 0; row < copy.map.box_rows; ++row)
+        for (int column = 0; column < columns; ++column) {
+            void* to = at(swizzled(copy.to + row * 128 + column * bytes), bytes);
+            const unsigned char* from = element(copy, column, row);
+            if (from)
+                std::memcpy(to, from, bytes);
+            else
+                std::memset(to, 0, bytes);
+        }
+    Mbarrier& b = barrier_at(copy.barrier);
+    b.bytes -= int(copy.map.box_rows) * 128;
+    complete_barrier(b);
+}
+
+void perform_some_copy() {
+    const uint32_t chosen = random_below(uint32_t(block.copies.size()));
+    const Tma copy = block.copies[chosen];
+    block.copies.erase(block.copies.begin() + chosen);
+    perform(copy);
+}
+
+// Resumes fibers until all are done.
+void run_block() {
+    while (_setjmp(scheduler) == 2) return;
+    const int threads = int(blockDim.x);
+    if (block.done == threads) return;
+    if (!block.copies.empty() && (block.ready.empty() || random_below(8) == 0)) {
+        current = nullptr;
+        perform_some_copy();
+        if (!trouble.empty()) return;
+    }
+    if (block.ready.empty()) {
+        if (block.copies.empty()) trouble = "deadlock: every thread waits";
+        return;
+    }
+    const uint32_t chosen = random_below(uint32_t(block.ready.size()));
+    std::swap(block.ready[chosen], block.ready.back());
+    current = block.ready.back();
+    block.ready.pop_back();
+    threadIdx = {current->thread};
+    if (current->started) _longjmp(current->resume, 1);
+    current->started = true;
+    setcontext(&current->start);
+}
+
+int number_of(Scope scope) {
+    return scope == Scope::warp        ? int(current->thread) / WARP
+           : scope == Scope::warpgroup ? int(current->thread) / WARPGROUP
+                                       : 0;
+}
+
+int members(Scope scope) {
+    return scope == Scope::warp        ? WARP
+           : scope == Scope::warpgroup ? WARPGROUP
+                                       : int(blockDim.x);
+}
+
+float a_element(const WarpgroupProduct& p, int row, int k) {
+    const Product& first = p.threads[0];
+    if (first.a_registers) {
+        const int thread = row / 16 * WARP + row % 8 * 4 + k % 8 / 2;
+        const uint32_t pair = p.a[thread][(row % 16 >= 8) + 2 * (k >= 8)];
+        return widen(uint16_t(pair >> 16 * (k % 2)), first.bfloat16);
+    }
+    const uint32_t start = uint32_t(first.a & 0x3FFF) << 4, stride = uint32_t(first.a >> 32 & 0x3FFF) << 4;
+    const uint32_t address = start + row / 8 * stride + row % 8 * 128 + k * 2;
+    return widen(*static_cast<uint16_t*>(at(swizzled(address), 2)), first.bfloat16);
+}
+
+float b_element(const Product& p, int k, int column) {
+    const uint32_t start = uint32_t(p.b & 0x3FFF) << 4;
+    const uint32_t leading = uint32_t(p.b >> 16 & 0x3FFF) << 4, stride = uint32_t(p.b >> 32 & 0x3FFF) << 4;
+    const uint32_t address =
+        p.transposed ? start + column / 64 * leading + column % 64 * 2 + k / 8 * stride + k % 8 * 128
+                     : start + column / 8 * stride + column % 8 * 128 + k * 2;
+    return widen(*static_cast<uint16_t*>(at(swizzled(address), 2)), p.bfloat16);
+}
+
+void check_descriptor(uint64_t descriptor) {
+    if (descriptor >> 62 != 1) fail("a descriptor without the swizzle of 128 bytes");
+}
+
+void perform(const WarpgroupProduct& p) {
+    const Product& first = p.threads[0];
+    const int n = first.columns;
+    std::vector<float> a(64 * 16), b(16 * n), c(64 * n);
+    check_descriptor(first.b);
+    if (!first.a_registers) check_descriptor(first.a);
+    for (int i = 0; i < 64; ++i)
+        for (int k = 0; k < 16; ++k) a[i * 16 + k] = a_element(p, i, k);
+    for (int k = 0; k < 16; ++k)
+        for (int j = 0; j < n; ++j) b[k * n + j] = b_element(first, k, j);
+    for (int i = 0; i < 64; ++i)
+        for (int k = 0; k < 16; ++k)
+            for (int j = 0; j < n; ++j) c[i * n + j] += a[i * 16 + k] * b[k * n + j];
+    for (int t = 0; t < WARPGROUP; ++t)
+        for (int r = 0; r < n / 2; ++r) {
+            const int row = t / WARP * 16 + t % WARP / 4 + r % 4 / 2 * 8;
+            const int column = r / 4 * 8 + t % 4 * 2 + r % 2;
+            float& d = p.threads[t].d[r];
+            d = (first.add ? d : 0.0f) + c[row * n + column];
+        }
+}
+
+void perform_products(std::deque<std::vector<WarpgroupProduct>>& groups, size_t left) {
+    while (groups.size() > left) {
+        for (const WarpgroupProduct& p : groups.front()) perform(p);
+        groups.pop_front();
+    }
+}
+
+std::deque<std::vector<WarpgroupProduct>>& products_of(int warpgroup) {
+    auto& groups = block.products[warpgroup];
+    if (groups.empty()) groups.emplace_back();
+    return groups;
+}
+
+}  // namespace
+
+void fail(const std::string& reason) {
+    trouble = "block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(threadIdx.x) +
+              ": " + reason;
+    _longjmp(scheduler, 2);
+}
+
+std::string run(int blocks, int threads, int shared, const std::function<void()>& body) {
+    if (blocks < 1 || threads < 1 || threads > 1024 || threads % WARP || shared > 227 * 1024)
+        return "blocks " + std::to_string(blocks) + ", threads " + std::to_string(threads) +
+               ", bytes of shared memory " + std::to_string(shared);
+    trouble.clear();
+    kernel = &body;
+    gridDim = {unsigned(blocks)};
+    blockDim = {unsigned(threads)};
+    for (unsigned i = 0; i < unsigned(blocks) && trouble.empty(); ++i) {
+        blockIdx = {i};
+        block = Block();
+        block.memory.assign(shared + 1024, 0xFF);  // NaN in every dtype
+        block.shared = block.memory.data() + 1024 - reinterpret_cast<uintptr_t>(block.memory.data()) % 1024;
+        block.shared_bytes = shared;
+        start_fibers(threads);
+        while (block.done < threads && trouble.empty()) run_block();
+        if (trouble.empty() && !block.copies.empty()) trouble = "a copy outlives its block";
+    }
+    return trouble;
+}
+
+unsigned char* shared_memory() { return block.shared; }
+
+void* at(uint32_t address, int bytes) {
+    if (address + size_t(bytes) > block.shared_bytes)
+        fail("address " + std::to_string(address) + " of shared memory, of which there are " +
+             std::to_string(block.shared_bytes) + " bytes");
+    if (address % bytes) fail("address " + std::to_string(address) + " of shared memory, for " + std::to_string(bytes) + " bytes");
+    return block.shared + address;
+}
+
+void rendezvous(Scope scope, void* argument, void (*together)(void**)) {
+    Meeting& meeting = block.meetings[{int(scope), number_of(scope)}];
+    const int size = members(scope);
+    if (meeting.waiting.empty()) {
+        meeting.arguments.assign(size, nullptr);
+        meeting.together = together;
+    }
+    if (meeting.together != together) fail("threads that should act together are at different instructions");
+    meeting.arguments[current->thread % size] = argument;
+    if (int(meeting.waiting.size()) + 1 < size) {
+        meeting.waiting.push_back(current);
+        suspend();
+        return;
+    }
+    if (together) together(meeting.arguments.data());
+    wake(meeting.waiting);
+}
+
+const char* encode(TensorMap& map, const void* data, int element_bytes, const uint64_t* sizes,
+                   const uint64_t* strides, uint32_t box_rows) {
+    if (reinterpret_cast<uintptr_t>(data) % 16) return "a tensor that is not aligned to 16 bytes";
+    if (strides[0] != uint64_t(element_bytes)) return "a stride of the innermost dimension";
+    if (box_rows < 1 || box_rows > 256) return "a box of more than 256 rows";
+    map = {static_cast<const unsigned char*>(data), element_bytes, {}, {}, box_rows};
+    for (int d = 0; d < 4; ++d) {
+        if (sizes[d] < 1 || sizes[d] > (uint64_t(1) << 32)) return "a size of 0 or beyond 2^32";
+        if (d && (strides[d] % 16 || strides[d] >= (uint64_t(1) << 40))) return "a stride that is no multiple of 16 bytes";
+        map.sizes[d] = sizes[d];
+        map.strides[d] = strides[d];
+    }
+    return nullptr;
+}
+
+// --- copies -----------------------------------------------------------------------------------
+
+void copy_async(uint32_t to, const void* from, bool inside) {
+    at(to, 16);
+    if (inside && reinterpret_cast<uintptr_t>(from) % 16) fail("a copy from an address that is not aligned to 16 bytes");
+    current->copies.back().push_back({to, from, inside});
+}
+
+void copy_async_commit() {
+    current->copies.emplace_back();
+    if (random_below(4) == 0) copy_async_wait(0);
+}
+
+void copy_async_wait(int pending) {
+    while (int(current->copies.size()) > pending + 1) {
+        for (const CopyAsync& copy : current->copies.front()) {
+            if (copy.inside)
+                std::memcpy(at(copy.to, 16), copy.from, 16);
+            else
+                std::memset(at(copy.to, 16), 0, 16);
+        }
+        current->copies.pop_front();
+    }
+}
+
+void mbarrier_init(uint32_t barrier, int arrivals) {
+    at(barrier, 8);
+    block.barriers[barrier] = {arrivals, arrivals};
+}
+
+void mbarrier_arrive(uint32_t barrier, int bytes) {
+    Mbarrier& b = barrier_at(barrier);
+    b.bytes += bytes;
+    if (--b.pending < 0) fail("more arrivals at a barrier than it was told of");
+    complete_barrier(b);
+}
+
+void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+    while ((barrier_at(barrier).phase & 1) == parity) {
+        barrier_at(barrier).waiting.push_back(current);
+        suspend();
+    }
+}
+
+void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, const int* place) {
+    if (to % 1024) fail("a box that doesn't start at a multiple of 1024 bytes");
+    barrier_at(barrier);
+    block.copies.push_back({to, barrier, map, {place[0], place[1], place[2], place[3]}});
+}
+
+// --- tensor cores -----------------------------------------------------------------------------
+
+void wgmma(const Product& product) {
+    Product mine = product;
+    rendezvous(Scope::warpgroup, &mine, [](void** threads) {
+        WarpgroupProduct p;
+        for (int t = 0; t < WARPGROUP; ++t) {
+            const Product& one = *static_cast<Product*>(threads[t]);
+            p.threads.push_back(one);
+            p.a.push_back({});
+            if (one.a_registers) std::copy_n(one.a_registers, 4, p.a.back().begin());
+            const Product& first = p.threads[0];
+            if (one.a != first.a || one.b != first.b || one.add != first.add)
+                fail("descriptors differ between the threads of a warpgroup");
+        }
+        auto& groups = products_of(int(threadIdx.x) / WARPGROUP);
+        groups.back().push_back(p);
+        if (random_below(2)) {  // as early as can be, in order
+            perform_products(groups, 1);
+            for (const WarpgroupProduct& open : groups.back()) perform(open);
+            groups.back().clear();
+        }
+    });
+}
+
+void wgmma_commit() {
+    rendezvous(Scope::warpgroup, nullptr, [](void**) {
+        products_of(int(threadIdx.x) / WARPGROUP).emplace_back();
+    });
+}
+
+void wgmma_wait(int pending) {
+    int left = pending + 1;
+    rendezvous(Scope::warpgroup, &left, [](void** threads) {
+        perform_products(products_of(int(threadIdx.x) / WARPGROUP), *static_cast<int*>(threads[0]));
+    });
+}
+
+void mma(void** lanes) {
+    float a[16][16], b[16][8], c[16][8] = {};
+    for (int l = 0; l < WARP; ++l) {
+        const Mma& m = *static_cast<Mma*>(lanes[l]);
+        const int row = l / 4, pair = l % 4 * 2;
+        for (int i = 0; i < 2; ++i) {
+            for (int r = 0; r < 4; ++r)
+                a[row + r % 2 * 8][pair + r / 2 * 8 + i] = widen(uint16_t(m.a[r] >> 16 * i), m.bfloat16);
+            for (int r = 0; r < 2; ++r) b[pair + r * 8 + i][row] = widen(uint16_t(m.b[r] >> 16 * i), m.bfloat16);
+        }
+    }
+    for (int i = 0; i < 16; ++i)
+        for (int k = 0; k < 16; ++k)
+            for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+    for (int l = 0; l < WARP; ++l) {
+        float* d = static_cast<Mma*>(lanes[l])->c;
+        for (int r = 0; r < 4; ++r) d[r] += c[l / 4 + r / 2 * 8][l % 4 * 2 + r % 2];
+    }
+}
+
+void ldmatrix(void** lanes) {
+    uint16_t rows[4][8][8];
+    for (int l = 0; l < WARP; ++l)
+        std::memcpy(rows[l / 8][l % 8], at(static_cast<Ldmatrix*>(lanes[l])->address, 16), 16);
+    for (int l = 0; l < WARP; ++l) {
+        Ldmatrix& m = *static_cast<Ldmatrix*>(lanes[l]);
+        for (int i = 0; i < 4; ++i) {
+            const int row = l / 4, pair = l % 4 * 2;
+            const uint32_t low = m.transposed ? rows[i][pair][row] : rows[i][row][pair];
+            const uint32_t high = m.transposed ? rows[i][pair + 1][row] : rows[i][row][pair + 1];
+            m.r[i] = high << 16 | low;
+        }
+    }
+}
+
+// --- halves -----------------------------------------------------------------------------------
+
+namespace {
+
+uint32_t bits(float x) {
+    uint32_t b;
+    std::memcpy(&b, &x, 4);
+    return b;
+}
+
+float from_bits(uint32_t b) {
+    float x;
+    std::memcpy(&x, &b, 4);
+    return x;
+}
+
+}  // namespace
+
+float widen(uint16_t half, bool bfloat16) {
+    if (bfloat16) return from_bits(uint32_t(half) << 16);
+    const uint32_t exponent = half >> 10 & 31, mantissa = half & 1023;
+    float x = exponent == 31 ? (mantissa ? NAN : INFINITY)
+              : exponent     ? std::ldexp(float(mantissa | 1024), int(exponent) - 25)
+                             : std::ldexp(float(mantissa), -24);
+    return half >> 15 ? -x : x;
+}
+
+uint16_t narrow(float value, bool bfloat16) {
+    const uint32_t b = bits(value);
+    if (bfloat16) {
+        if (std::isnan(value)) return 0x7FFF;
+        return uint16_t((b + 0x7FFF + (b >> 16 & 1)) >> 16);
+    }
+    const uint16_t sign = uint16_t(b >> 16 & 0x8000);
+    const float x = std::fabs(value);
+    if (std::isnan(value)) return 0x7FFF;
+    if (x >= 65520.0f) return sign | 0x7C00;
+    const int exponent = std::max(-14, x > 0 ? std::ilogb(x) : -14);
+    // In units of the last place, rounded to the nearest even by the current rounding mode.
+    const int units = int(std::nearbyint(std::ldexp(x, 10 - exponent)));
+    return sign | uint16_t(((exponent + 14) << 10) + units);
+}
+
+uint8_t narrow_e4m3(float value) {
+    const uint8_t sign = uint8_t(bits(value) >> 24 & 0x80);
+    if (std::isnan(value)) return 0x7F;
+    const float x = std::min(std::fabs(value), 448.0f);
+    const int exponent = std::max(-6, x > 0 ? std::ilogb(x) : -6);
+    const int units = int(std::nearbyint(std::ldexp(x, 3 - exponent)));
+    return sign | uint8_t(((exponent + 6) << 3) + units);
+}
+
+}  // namespace emulator
