@@ -1,19 +1,25 @@
-"""Builds `psvit_kernels._native`; everything else about the package is in pyproject.toml.
+"""Builds the compiled modules of psvit_kernels; everything else is in pyproject.toml.
 
-The module neither includes nor links PyTorch (it takes pointers, sizes and strides), so one build
-serves every supported PyTorch and pip's isolated build environment needs no torch. Each kernel in
-csrc/cpu is compiled once per instruction set and the module chooses between them at run time.
+Neither includes or links PyTorch (they take pointers, sizes and strides), so one build serves every
+supported PyTorch and pip's isolated build environment needs no torch.
+
+- `_native`, always: each kernel in csrc/cpu is compiled once per instruction set, and the module
+  chooses between them at run time.
+- `_cuda`, where nvcc is found. PSVIT_CUDA=1 makes it an error if it can't be built, PSVIT_CUDA=0
+  leaves it out; PSVIT_CUDA_ARCHS says for which architectures (nvcc's names: "80,90a").
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -23,6 +29,8 @@ ROOT = Path(__file__).resolve().parent
 BINDING = "csrc/module.cpp"
 COMMON = ["csrc/parallel.cpp"]
 KERNELS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/*.cpp"))
+CUDA_BINDING = "csrc/cuda/module.cpp"
+CUDA_KERNELS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/*.cu"))
 HEADERS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h"))
 
 # No -ffast-math: infinities and NaN must mean what they say. No -fopenmp: the OpenMP runtime that
@@ -39,9 +47,35 @@ ISA_X86 = {
     ),
 }
 
+#: Every GPU from compute capability 8.0 on, those after 9.0 by its PTX; and Hopper's own kernels.
+DEFAULT_ARCHS = "80,90a"
+OLDEST_ARCH = 80
+OLDEST_NVCC = (12, 0)  # the first that knows sm_90a
+NVCC_FLAGS = shlex.split(
+    "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden,-g0 -DNDEBUG"
+    " -Xptxas=--warn-on-spills,--warn-on-local-memory-usage"
+)
 
-class BuildNative(build_ext):
-    """Writes build.ninja and runs ninja, in one folder, so that later builds are incremental."""
+
+class Object(NamedTuple):
+    """An object file, and the command that makes it from its source."""
+
+    name: str
+    source: str
+    command: list[str]
+
+
+class Module(NamedTuple):
+    """In link order; the libraries come after the objects."""
+
+    objects: list[Object]
+    link: list[str]
+    libraries: list[str]
+
+
+class BuildModules(build_ext):
+    """Writes build.ninja and runs ninja, in a folder of its own for each module, so that later
+    builds are incremental."""
 
     def run(self) -> None:
         if sys.platform == "win32":
@@ -49,23 +83,46 @@ class BuildNative(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = find_compiler()
-        isas = isas_for(compiler)
-        tag = f"{self.plat_name}-{sys.implementation.cache_tag}"
-        folder = ROOT / "build" / f"native.{tag}"
-        built = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-        say(f"building {ext.name} for {', '.join(isas)} with {version_of(compiler)}")
-        write_ninja_file(folder, built, compiler, isas)
-        run_ninja(folder)
+        try:
+            self.build_module(ext)
+        except (CompileError, PlatformError) as error:
+            if not ext.optional:
+                raise
+            say(f"{error}")
+            say(
+                f"{ext.name} IS LEFT OUT for the reason above; all else is installed. PSVIT_CUDA=1"
+                " makes this an error, PSVIT_CUDA=0 doesn't try"
+            )
+
+    def build_module(self, ext: Extension) -> None:
+        name = ext.name.rpartition(".")[2]
         target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # never write into a module that a process has mapped
+        wanted = native_module() if name == "_native" else cuda_module()
+        if wanted is None:
+            return
+        tag = f"{self.plat_name}-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / f"{name.strip('_')}.{tag}"
+        built = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        write_ninja_file(built, wanted)
+        run_ninja(built)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(built, target)
         say(f"built {target.name} ({target.stat().st_size / 1024:.0f} KiB)")
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:  # what this build leaves out must not stay from an earlier one
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
 
 def say(message: str) -> None:
     print(f"psvit: {message}", flush=True)
+
+
+def wrong(setting: str, expected: str) -> SystemExit:
+    """For what a person asked for: an error even where the module itself is optional."""
+    return SystemExit(f'psvit: {setting}: got "{os.environ[setting]}", expected {expected}')
 
 
 def find_compiler() -> list[str]:
@@ -128,25 +185,6 @@ def build_tools():
     return ninja, pybind11
 
 
-def binding_flags(isas: dict[str, list[str]]) -> list[str]:
-    _, pybind11 = build_tools()
-    flags = [f"-I{pybind11.get_include()}", *python_includes()]
-    return [*flags, "-DPSVIT_ISA_X86=1"] if "avx2" in isas else flags
-
-
-def objects(isas: dict[str, list[str]]) -> list[tuple[str, str, list[str]]]:
-    """(name, source, flags) of each object file, in link order. The order matters: of an inline
-    function that several objects define the linker keeps the first, and code that every processor
-    runs must not end up with a copy made for AVX-512."""
-    listed = [("module", BINDING, binding_flags(isas))]
-    listed += [(Path(source).stem, source, []) for source in COMMON]
-    for isa, flags in isas.items():
-        for source in KERNELS:
-            name = f"{Path(source).stem}.{isa}"
-            listed.append((name, source, [*flags, f"-DPSVIT_ISA={isa}"]))
-    return listed
-
-
 def link_flags() -> tuple[list[str], list[str]]:
     """Flags before the objects, and libraries after them."""
     if sys.platform == "darwin":
@@ -158,53 +196,215 @@ def from_environment(*names: str) -> list[str]:
     return [word for name in names for word in shlex.split(os.environ.get(name, ""))]
 
 
-def write_ninja_file(
-    folder: Path, built: Path, compiler: list[str], isas: dict[str, list[str]]
-) -> None:
+def cxx_command(compiler: list[str]) -> list[str]:
+    return [*compiler, *CXX_FLAGS, *from_environment("CFLAGS", "CXXFLAGS")]
+
+
+def link_command(compiler: list[str]) -> list[str]:
+    before, _ = link_flags()
+    return [*compiler, *before, *from_environment("CFLAGS", "CXXFLAGS", "LDFLAGS")]
+
+
+def binding(compiler: list[str], source: str, definitions: list[str]) -> Object:
+    _, pybind11 = build_tools()
+    includes = [f"-I{pybind11.get_include()}", *python_includes()]
+    return Object("module", source, [*cxx_command(compiler), *includes, *definitions])
+
+
+# --- _native ----------------------------------------------------------------------------------
+
+
+def native_module() -> Module:
+    """The order of the objects matters: of an inline function that several define the linker keeps
+    the first, and code that every processor runs must not end up with a copy made for AVX-512."""
+    compiler = find_compiler()
+    isas = isas_for(compiler)
+    say(f"building _native for {', '.join(isas)} with {version_of(compiler)}")
+    cxx = cxx_command(compiler)
+    objects = [binding(compiler, BINDING, ["-DPSVIT_ISA_X86=1"] if "avx2" in isas else [])]
+    objects += [Object(Path(source).stem, source, cxx) for source in COMMON]
+    for isa, flags in isas.items():
+        for source in KERNELS:
+            name = f"{Path(source).stem}.{isa}"
+            objects.append(Object(name, source, [*cxx, *flags, f"-DPSVIT_ISA={isa}"]))
+    return Module(objects, link_command(compiler), link_flags()[1])
+
+
+# --- _cuda ------------------------------------------------------------------------------------
+
+
+def cuda_wanted() -> bool | None:
+    """PSVIT_CUDA: True, False, or None where it is for nvcc to decide."""
+    setting = os.environ.get("PSVIT_CUDA", "")
+    if setting not in ("", "0", "1"):
+        raise wrong("PSVIT_CUDA", "1 (build the CUDA kernels or fail) or 0 (leave them out)")
+    return setting == "1" if setting else None
+
+
+def cuda_archs() -> list[str]:
+    """PSVIT_CUDA_ARCHS, as nvcc names them."""
+    archs = (os.environ.get("PSVIT_CUDA_ARCHS") or DEFAULT_ARCHS).replace(",", " ").split()
+    for arch in archs:
+        number = arch.removesuffix("a") if arch == "90a" else arch
+        if not number.isdecimal() or int(number) < OLDEST_ARCH:
+            raise wrong(
+                "PSVIT_CUDA_ARCHS",
+                f'architectures from {OLDEST_ARCH} on, as nvcc numbers them, such as "80,90a"',
+            )
+    return archs
+
+
+def cuda_module() -> Module | None:
+    wanted = cuda_wanted()
+    if wanted is False or sys.platform == "darwin":
+        return None
+    compiler, nvcc = find_compiler(), find_nvcc()
+    if nvcc is None:
+        if wanted:
+            raise PlatformError(
+                "PSVIT_CUDA=1, but no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda"
+            )
+        say("no nvcc: the CUDA kernels are left out")
+        return None
+    archs, version = cuda_archs(), nvcc_version(nvcc)
+    check_archs(nvcc, archs)
+    say(f"building _cuda for {', '.join(archs)} with nvcc {version}")
+    return Module(
+        cuda_objects(compiler, nvcc, archs),
+        # cudart's own names stay inside: PyTorch has loaded another.
+        [*link_command(compiler), "-Wl,--exclude-libs,ALL"],
+        [*nvcc_libraries(nvcc), "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+    )
+
+
+def find_nvcc() -> str | None:
+    homes = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
+    folders = [os.path.join(home, "bin") for home in homes if home]
+    folders += [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def ask_nvcc(nvcc: str, *options: str) -> str:
+    answer = subprocess.run([nvcc, *options], capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        command = shlex.join([nvcc, *options])
+        raise PlatformError(f"nvcc does not run ({command}): {answer.stderr.strip()}")
+    return answer.stdout + answer.stderr
+
+
+def nvcc_version(nvcc: str) -> str:
+    found = re.search(r"release (\d+)\.(\d+)", ask_nvcc(nvcc, "--version"))
+    if found is None or (int(found[1]), int(found[2])) < OLDEST_NVCC:
+        version = found[0] if found else "of no version"
+        raise PlatformError(
+            f"{nvcc} is {version}, expected {'.'.join(map(str, OLDEST_NVCC))} or newer"
+        )
+    return f"{found[1]}.{found[2]}"
+
+
+def check_archs(nvcc: str, archs: list[str]) -> None:
+    known = re.findall(r"compute_(\d+)", ask_nvcc(nvcc, "--list-gpu-arch"))
+    if not {arch.removesuffix("a") for arch in archs} <= set(known):
+        raise wrong("PSVIT_CUDA_ARCHS", f"those that this nvcc knows: {', '.join(known)}")
+
+
+def nvcc_libraries(nvcc: str) -> list[str]:
+    """Where cudart is, as nvcc itself would tell the linker."""
+    told = ask_nvcc(nvcc, "--dryrun", "-x", "cu", os.devnull)
+    found = re.search(r"^#\$ LIBRARIES=(.*)$", told, re.MULTILINE)
+    return shlex.split(found[1]) if found else []
+
+
+def host_compiler(compiler: list[str]) -> str:
+    """The one that nvcc is to call: a program, without what caches its results."""
+    return next(word for word in compiler if Path(word).name not in ("ccache", "sccache", "distcc"))
+
+
+def cuda_objects(compiler: list[str], nvcc: str, archs: list[str]) -> list[Object]:
+    objects = [binding(compiler, CUDA_BINDING, [f'-DPSVIT_CUDA_ARCHS="{compiled_for(archs)}"'])]
+    command = [nvcc, "-ccbin", host_compiler(compiler), *NVCC_FLAGS]
+    for source in CUDA_KERNELS:
+        if gencode := gencode_flags(source, archs):
+            objects.append(Object(Path(source).stem, source, [*command, *gencode]))
+    return objects
+
+
+def numbers(archs: list[str]) -> list[str]:
+    return sorted({arch.removesuffix("a") for arch in archs}, key=int)
+
+
+def compiled_for(archs: list[str]) -> str:
+    """In words, for `psvit info`."""
+    plain = numbers(archs)
+    hopper = ["sm_90a"] if "90a" in archs else []
+    return ", ".join([*(f"sm_{n}" for n in plain), *hopper, f"PTX of compute_{plain[-1]}"])
+
+
+def gencode_flags(source: str, archs: list[str]) -> list[str]:
+    """Hopper's own kernels for sm_90a alone, or not at all; the others for each architecture, and
+    as PTX for those to come."""
+    if source.endswith("_hopper.cu"):
+        return ["-gencode=arch=compute_90a,code=sm_90a"] if "90a" in archs else []
+    plain = numbers(archs)
+    binaries = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in plain]
+    return [*binaries, f"-gencode=arch=compute_{plain[-1]},code=compute_{plain[-1]}"]
+
+
+# --- ninja ------------------------------------------------------------------------------------
+
+
+def write_ninja_file(built: Path, module: Module) -> None:
+    """build.ninja beside the module that it builds; paths in it are relative to the sources."""
     ninja, _ = build_tools()
 
     def words(command: list[str]) -> str:
         return ninja.escape(shlex.join(command))
 
-    before, libraries = link_flags()
-    user = from_environment("CFLAGS", "CXXFLAGS")
-    here = Path(os.path.relpath(folder, ROOT))
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "build.ninja", "w", encoding="utf-8") as file:
+    here = Path(os.path.relpath(built.parent, ROOT))
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with open(built.parent / "build.ninja", "w", encoding="utf-8") as file:
         out = ninja.Writer(file, width=1000)
         out.variable("builddir", here.as_posix())  # where ninja keeps its log
-        out.variable("cxx", words(compiler))
-        out.variable("cxxflags", words([*CXX_FLAGS, *user]))
-        out.variable("ldflags", words([*before, *user, *from_environment("LDFLAGS")]))
-        out.variable("libs", words(libraries))
+        out.variable("link", words(module.link))
+        out.variable("libs", words(module.libraries))
         out.rule(
             "compile",
-            command="$cxx $cxxflags $flags -MD -MF $out.d -c $in -o $out",
+            command="$compile -MD -MF $out.d -c $in -o $out",
             description="compile $out",
             depfile="$out.d",
             deps="gcc",
         )
-        out.rule("link", command="$cxx $ldflags $in -o $out $libs", description="link $out")
+        out.rule("link", command="$link $in -o $out $libs", description="link $out")
         made = []
-        for name, source, flags in objects(isas):
+        for name, source, command in module.objects:
             made.append((here / f"{name}.o").as_posix())
-            out.build(made[-1], "compile", source, variables={"flags": words(flags)})
+            out.build(made[-1], "compile", source, variables={"compile": words(command)})
         out.build((here / built.name).as_posix(), "link", made)
 
 
-def run_ninja(folder: Path) -> None:
+def run_ninja(built: Path) -> None:
     ninja, _ = build_tools()
     program = shutil.which("ninja", path=os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]]))
     if program is None:
         raise PlatformError("the program ninja is not on PATH: run `pip install ninja`")
-    command = [program, "-f", str(folder / "build.ninja")]
+    command = [program, "-f", str(built.parent / "build.ninja")]
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
     if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
-        raise CompileError("psvit_kernels._native did not compile: see the messages above")
+        raise CompileError(f"{built.name} did not compile: see the messages above")
 
 
-setup(
-    ext_modules=[Extension("psvit_kernels._native", [BINDING, *COMMON, *KERNELS], depends=HEADERS)],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    cuda_archs()
+    setup(
+        ext_modules=[
+            Extension("psvit_kernels._native", [BINDING, *COMMON, *KERNELS], depends=HEADERS),
+            Extension(
+                "psvit_kernels._cuda",
+                [CUDA_BINDING, *CUDA_KERNELS],
+                depends=HEADERS,
+                optional=cuda_wanted() is not True,
+            ),
+        ],
+        cmdclass={"build_ext": BuildModules},
+    )
