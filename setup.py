@@ -382,15 +382,18 @@ def write_ninja_file(built: Path, module: Module) -> None:
         out.build((here / built.name).as_posix(), "link", made)
 
 
-def run_ninja(built: Path) -> None:
+def ninja_command(built: Path) -> list[str]:
     ninja, _ = build_tools()
     program = shutil.which("ninja", path=os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]]))
     if program is None:
         raise PlatformError("the program ninja is not on PATH: run `pip install ninja`")
     command = [program, "-f", str(built.parent / "build.ninja")]
-    if jobs := os.environ.get("MAX_JOBS"):
-        command += ["-j", jobs]
-    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+    jobs = os.environ.get("MAX_JOBS")
+    return [*command, "-j", jobs] if jobs else command
+
+
+def run_ninja(built: Path) -> None:
+    if subprocess.run(ninja_command(built), cwd=ROOT, check=False).returncode != 0:
         raise CompileError(f"{built.name} did not compile: see the messages above")
 
 

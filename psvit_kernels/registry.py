@@ -15,12 +15,18 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .triton import provider as triton
 
-PROVIDERS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
+PROVIDERS: dict[str, ModuleType] = {
+    "triton": triton,
+    "cuda": cuda,
+    "cpu": cpu,
+    "reference": reference,
+}
 
 #: Who is asked for tensors of a device, best first; the reference, which serves everything, always.
+#: The CUDA C++ kernels are not among them until they have been measured: they must be forced.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton",), "cpu": ("cpu",)}
 
 #: How often a better provider had to pass a call on, and why: shown by ``psvit info``.
@@ -47,7 +53,7 @@ class use:
     A forced provider never falls back silently: a call that it can't serve raises.
 
     Args:
-        provider: "triton", "cpu", "reference" or "auto".
+        provider: "triton", "cuda", "cpu", "reference" or "auto".
 
     Raises:
         ValueError: no such provider.

@@ -156,7 +156,7 @@ PYBIND11_MODULE(PSVIT_CUDA_MODULE, m) {
     m.def("apply_shared", &apply_shared, "Bytes of shared memory that a block of `apply` needs.");
     m.def("attention", &attention);
     m.def("token_pool", &pool);
-    m.def("families", &families, "For each operation, the kernel families compiled in.");
+    m.attr("families") = families();
     m.attr("short_tokens") = SHORT_TOKENS;
     m.attr("max_dim") = MAX_DIM;
 #ifdef PSVIT_EMULATED

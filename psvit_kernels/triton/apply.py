@@ -19,7 +19,6 @@ The speed of all this has not been measured yet.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..donors import donors
 from . import configs
 from .launch import bucket, launch
 from .tiles import (
@@ -219,16 +219,10 @@ def reuse_arguments(
     head_index: list[int] | None, dropout: float, seed: Tensor | None, device: torch.device
 ) -> dict[str, Any]:
     return {
-        "donors_ptr": None if head_index is None else _donors(tuple(head_index), device),
+        "donors_ptr": None if head_index is None else donors(tuple(head_index), device),
         "dropout": dropout,
         "seed_ptr": seed,
     }
-
-
-@lru_cache(maxsize=1024)
-def _donors(head_index: tuple[int, ...], device: torch.device) -> Tensor:
-    """On the device, copied there once."""
-    return torch.tensor(head_index, dtype=torch.int32, device=device)
 
 
 # --- factored maps ----------------------------------------------------------------------------
