@@ -4,9 +4,8 @@ from typing import Any
 
 emulated: bool
 architectures: str
+limits: tuple[int, int]  # tokens of attention, head dim
 families: dict[str, list[str]]
-short_tokens: int
-max_dim: int
 
 def apply(*args: Any) -> None: ...
 def apply_shared(family: str, tokens: int, dim: int, code: str) -> int: ...

@@ -30,6 +30,7 @@ except ImportError as error:
 
 MIN_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 128
+MAX_TOKENS = 272  # that attention keeps of a row of scores in registers
 HOPPER = "sm_90a"
 #: Bytes of shared memory that a block may have on Hopper.
 HOPPER_SHARED = 232_448
@@ -56,6 +57,11 @@ def _no_gpu() -> str | None:
     if torch.version.cuda is None:
         return "PyTorch is built without CUDA"
     return None if torch.cuda.is_available() else "no GPU that PyTorch can use"
+
+
+def compiled_for() -> str | None:
+    """The architectures, in words, or None if there is no compiled module."""
+    return None if _cuda is None else _cuda.architectures
 
 
 @cache
@@ -139,8 +145,8 @@ def _head_dims(*tensors: Tensor) -> str | None:
 def _attention_reason(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest) -> str | None:
     if bias is not None:
         return "a bias"
-    if k.shape[2] > _cuda.short_tokens:
-        return f"{k.shape[2]} tokens > {_cuda.short_tokens}"
+    if k.shape[2] > MAX_TOKENS:
+        return f"{k.shape[2]} tokens > {MAX_TOKENS}"
     return (
         _head_dims(q, v)
         or _too_large(*q.shape[:3])

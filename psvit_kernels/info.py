@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import cpu, probe, registry
+from . import cpu, cuda, probe, registry
 from .choice import scaled
 from .maps import ROW_ALIGNMENT
 from .triton import provider as triton
@@ -74,6 +74,9 @@ def collect() -> dict[str, Any]:
             "triton": "float32, bfloat16 and float16, head dim up to "
             f"{triton.MAX_HEAD_DIM}, compute capability {triton.MIN_CAPABILITY[0]}.0 and up; not "
             "run on hardware yet",
+            "cuda": f"bfloat16 and float16, head dim a multiple of 8 up to {cuda.MAX_HEAD_DIM}, "
+            f"attention of up to {cuda.MAX_TOKENS} tokens, dense and 8-bit maps, no gradients, "
+            f"compute capability {cuda.MIN_CAPABILITY[0]}.0 and up; not run on hardware yet",
             "cpu": f"float32 and bfloat16, head dim up to {cpu.MAX_HEAD_DIM}; the reference serves "
             "the rest, down to float16 and up to float64, and 8-bit maps",
             "map rows": f"start on multiples of {ROW_ALIGNMENT} bytes",
@@ -124,10 +127,15 @@ def _native(question: str) -> str | None:
 
 
 def _providers() -> dict[str, str]:
-    return {
+    found = {
         name: "ready" if missing is None else f"missing: {missing}"
         for name, missing in registry.providers().items()
     }
+    if found["cuda"] == "ready":
+        found["cuda"] = "ready when forced; not yet run on hardware"
+    if cuda.compiled_for() is not None:
+        found["cuda"] += f"; compiled for {cuda.compiled_for()}"
+    return found
 
 
 def _rates() -> dict[str, dict[str, float]]:

@@ -157,11 +157,10 @@ PYBIND11_MODULE(PSVIT_CUDA_MODULE, m) {
     m.def("attention", &attention);
     m.def("token_pool", &pool);
     m.attr("families") = families();
-    m.attr("short_tokens") = SHORT_TOKENS;
-    m.attr("max_dim") = MAX_DIM;
+    m.attr("limits") = py::make_tuple(SHORT_TOKENS, MAX_DIM);
 #ifdef PSVIT_EMULATED
     m.attr("emulated") = true;
-    m.attr("architectures") = "none: emulated on the CPU";
+    m.attr("architectures") = "a CPU, emulated";
 #else
     m.attr("emulated") = false;
     m.attr("architectures") = PSVIT_CUDA_ARCHS;
