@@ -70,16 +70,21 @@ struct PoolArgs {
     const void* residual;  // as x, or null: what is pooled is the sum
     int64_t residual_stride_b, residual_stride_n;
     void* out;            // (B, prefix + out_height out_width, C), contiguous
-    const float* weight;  // (C, kernel_h, kernel_w), or null
-    const float* bias;    // (C,), or null
-    const float* norm_weight;  // (C,), or null: no LayerNorm
-    const float* norm_bias;    // (C,), or null
+    bool half_parameters;     // those that follow are in the dtype of x, else in float32
+    const void* weight;       // (C, kernel_h, kernel_w), or null
+    const void* bias;         // (C,), or null; 16-byte aligned, as are the next two
+    const void* norm_weight;  // (C,), or null: no LayerNorm
+    const void* norm_bias;    // (C,), or null
     float norm_eps;
 };
 
 // Longest row of a map that the short attention keeps in registers.
 constexpr int SHORT_TOKENS = 272;
 constexpr int MAX_DIM = 128;
+// Most channels of token_pool, and most weights, C (kernel_h kernel_w + 1), that a block holds in
+// shared memory.
+constexpr int MAX_POOL_CHANNELS = 2048;
+constexpr int MAX_POOL_WEIGHTS = 24 * 1024;
 
 // Each launches one kernel on the stream, and throws CudaError if the launch was refused. They
 // return at once when there is nothing to write.

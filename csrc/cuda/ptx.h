@@ -57,6 +57,13 @@ PSVIT_DEVICE float exp2_approx(float x) {
     return y;
 }
 
+// NaN if either is.
+PSVIT_DEVICE float maximum(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
 PSVIT_DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 PSVIT_DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 PSVIT_DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }

@@ -156,6 +156,8 @@ void registers_acquire() {}
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 
+inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
+
 inline u32 byte_permute(u32 a, u32 b, u32 selector) {
     const u64 bytes = u64(b) << 32 | a;
     u32 result = 0;
