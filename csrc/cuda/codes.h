@@ -51,11 +51,14 @@ PSVIT_DEVICE u32 encode2(float root0, float root1, float& weights) {
         weights += (x.y - 0.5f) * (x.y - 0.5f);
         return byte_permute(shifted, 0, 0x4420);
     } else {
-        const u32 codes = pack_e4m3(256.0f * root0 * root0, 256.0f * root1 * root1);
-        const float2 x = unpack<Half::float16>(decode2<Half::float16, CODE>(codes));
-        weights += x.x;
-        weights += x.y;
-        return codes;
+        // As float16, e has the exponents that 256 e has as e4m3, and seven bits more, which are
+        // rounded away here. The conversion is an instruction of sm_89 and up only, and a slow one.
+        const u32 e = pack<Half::float16>(root0 * root0, root1 * root1);
+        const u32 rounded = e + 0x003F003Fu + (e >> 7 & 0x00010001u);
+        const float2 x = unpack<Half::float16>(rounded & 0x7F807F80u);
+        weights += 256.0f * x.x;
+        weights += 256.0f * x.y;
+        return byte_permute(rounded >> 7, 0, 0x4420);
     }
 }
 
