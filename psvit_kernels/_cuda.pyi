@@ -4,7 +4,7 @@ from typing import Any
 
 emulated: bool
 architectures: str
-limits: tuple[int, int]  # tokens of attention, head dim
+limits: tuple[int, int, int, int]  # as in psvit_kernels/cuda.py
 families: dict[str, list[str]]
 
 def apply(*args: Any) -> None: ...

@@ -29,8 +29,10 @@ except ImportError as error:
         _import_error = "built without nvcc, or nvcc failed: PSVIT_CUDA=1 pip install . says why"
 
 MIN_CAPABILITY = (8, 0)
+MAX_TOKENS = 272  # of a row of scores, which attention keeps in registers
 MAX_HEAD_DIM = 128
-MAX_TOKENS = 272  # that attention keeps of a row of scores in registers
+MAX_POOL_CHANNELS = 2048
+MAX_POOL_WEIGHTS = 24 * 1024  # of a depthwise convolution and its bias, in shared memory
 HOPPER = "sm_90a"
 #: Bytes of shared memory that a block may have on Hopper.
 HOPPER_SHARED = 232_448
@@ -185,8 +187,11 @@ def _pool_reason(
     b, n, c = x.shape
     if kind == "conv" and not groups == c == weight.shape[0]:
         return "a convolution that is not depthwise"
-    if c % 8:
-        return f"{c} channels, not a multiple of 8"
+    if c % 8 or c > MAX_POOL_CHANNELS:
+        return f"{c} channels, not a multiple of 8 up to {MAX_POOL_CHANNELS}"
+    taps = kernel[0] * kernel[1]
+    if kind == "conv" and c * (taps + 1) > MAX_POOL_WEIGHTS:
+        return f"{taps} weights for each of {c} channels, over {MAX_POOL_WEIGHTS} with the biases"
     reason = _too_large(b, n) or _misaligned("x", x)
     return reason if residual is None else reason or _misaligned("residual", residual)
 
@@ -214,8 +219,11 @@ def _tokens(t: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
 
 
-def _float(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float().contiguous()
+def _parameters(x: Tensor, *given: Tensor | None) -> tuple[list[Tensor | None], bool]:
+    """In one dtype, that of x if all have it, else float32, and where 16 bytes can be loaded."""
+    half = all(t is None or t.dtype is x.dtype for t in given)
+    found = [None if t is None else (t if half else t.float()).contiguous() for t in given]
+    return [t if t is None or not t.data_ptr() % ALIGNMENT else t.clone() for t in found], half
 
 
 def _address(t: Tensor | None) -> int:
@@ -267,7 +275,7 @@ def _apply(storage, row_scale, v, head_index, correction):
     out = v.new_empty(b, m, h, d)
     if out.numel():
         index = None if head_index is None else donors(tuple(head_index), v.device)
-        correction = _float(correction)
+        correction = None if correction is None else correction.float().contiguous()
         _cuda.apply(
             family(v.device), _place(v.device), v.dtype is torch.bfloat16, _CODES[storage.dtype],
             (b, h, m, n, d, map_batch, map_heads), _strided(storage), pitch,
@@ -293,10 +301,10 @@ def token_pool(
     new_grid = pooled_grid(grid, kernel, stride, padding)
     out = x.new_empty(b, prefix + new_grid[0] * new_grid[1], c)
     if out.numel():
-        parameters = [_float(t) for t in (weight, bias, norm_weight, norm_bias)]
+        parameters, half = _parameters(x, weight, bias, norm_weight, norm_bias)
         _cuda.token_pool(
             family(x.device), _place(x.device), x.dtype is torch.bfloat16, kind, (b, c, prefix),
             (*grid, *new_grid), (*kernel, *stride, *padding), _tokens(x), _tokens(residual),
-            out.data_ptr(), [_address(t) for t in parameters], norm_eps,
+            out.data_ptr(), half, [_address(t) for t in parameters], norm_eps,
         )  # fmt: skip
     return out

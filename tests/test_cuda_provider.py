@@ -48,8 +48,8 @@ def quantized_args(n=50, d=64, dtype=BF16, code="uint8"):
     return storage, torch.ones(1, 2, n), normal(3, 2, n, d, dtype=dtype), *rest
 
 
-def pool_args(kind="max", channels=64, dtype=BF16, weight=None, groups=1, residual=None):
-    window = ([1, 1], [2, 2], [0, 0]) if kind == "stride" else ([3, 3], [2, 2], [1, 1])
+def pool_args(kind="max", channels=64, dtype=BF16, weight=None, groups=1, residual=None, kernel=3):
+    window = ([1, 1], [2, 2], [0, 0]) if kind == "stride" else ([kernel] * 2, [2, 2], [1, 1])
     x = normal(2, 50, channels, dtype=dtype)
     return x, residual, [7, 7], 1, kind, *window, weight, None, groups, None, None, 1e-6
 
@@ -90,7 +90,8 @@ def test_every_operation_has_kernels_of_both_families(family):
 
 
 def test_limits_are_those_of_the_kernels(family):
-    assert cuda._cuda.limits == (cuda.MAX_TOKENS, cuda.MAX_HEAD_DIM)
+    pool = cuda.MAX_POOL_CHANNELS, cuda.MAX_POOL_WEIGHTS
+    assert cuda._cuda.limits == (cuda.MAX_TOKENS, cuda.MAX_HEAD_DIM, *pool)
 
 
 # --- what it refuses --------------------------------------------------------------------------
@@ -176,7 +177,17 @@ REFUSED = {
     "12 channels": (
         "token_pool",
         lambda: pool_args(channels=12),
-        "12 channels, not a multiple of 8",
+        "12 channels, not a multiple of 8 up to 2048",
+    ),
+    "2056 channels": (
+        "token_pool",
+        lambda: pool_args(channels=2056),
+        "2056 channels, not a multiple of 8 up to 2048",
+    ),
+    "many weights": (
+        "token_pool",
+        lambda: pool_args("conv", 2048, weight=normal(2048, 1, 5, 5), groups=2048, kernel=5),
+        "25 weights for each of 2048 channels, over 24576 with the biases",
     ),
     "start of x": (
         "token_pool",

@@ -114,7 +114,8 @@ using Tokens = std::tuple<uintptr_t, int64_t, int64_t>;
 
 void pool(const std::string& family, Place place, bool is_bfloat16, const std::string& kind,
           std::array<int, 3> size, std::array<int, 4> grids, std::array<int, 6> window, Tokens x,
-          Tokens residual, uintptr_t out, std::array<uintptr_t, 4> parameters, float norm_eps) {
+          Tokens residual, uintptr_t out, bool half_parameters,
+          std::array<uintptr_t, 4> parameters, float norm_eps) {
     auto kernel = of_family(family, "token_pool", token_pool, token_pool);
     PoolArgs a = {};
     a.dtype = half(is_bfloat16), a.kind = kind_named(kind);
@@ -128,8 +129,9 @@ void pool(const std::string& family, Place place, bool is_bfloat16, const std::s
     a.residual = pointer<void>(std::get<0>(residual));
     a.residual_stride_b = std::get<1>(residual), a.residual_stride_n = std::get<2>(residual);
     a.out = pointer<void>(out);
-    a.weight = pointer<float>(parameters[0]), a.bias = pointer<float>(parameters[1]);
-    a.norm_weight = pointer<float>(parameters[2]), a.norm_bias = pointer<float>(parameters[3]);
+    a.half_parameters = half_parameters;
+    a.weight = pointer<void>(parameters[0]), a.bias = pointer<void>(parameters[1]);
+    a.norm_weight = pointer<void>(parameters[2]), a.norm_bias = pointer<void>(parameters[3]);
     a.norm_eps = norm_eps;
     py::gil_scoped_release release;
     kernel(a, launch_on(place));
@@ -157,7 +159,8 @@ PYBIND11_MODULE(PSVIT_CUDA_MODULE, m) {
     m.def("attention", &attention);
     m.def("token_pool", &pool);
     m.attr("families") = families();
-    m.attr("limits") = py::make_tuple(SHORT_TOKENS, MAX_DIM);
+    m.attr("limits") =
+        py::make_tuple(SHORT_TOKENS, MAX_DIM, MAX_POOL_CHANNELS, MAX_POOL_WEIGHTS);
 #ifdef PSVIT_EMULATED
     m.attr("emulated") = true;
     m.attr("architectures") = "a CPU, emulated";
