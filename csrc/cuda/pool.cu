@@ -50,7 +50,7 @@ PSVIT_DEVICE void copy_floats(float (&to)[8], const float* low_half, const float
 template <Half T>
 PSVIT_DEVICE void load_parameters(float (&to)[8], const void* from, int channel, bool half) {
     if (half) {
-        widen<T>(to, *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + channel));
+        widen<T>(to, load_global(static_cast<const uint16_t*>(from) + channel));
     } else {
         const float* const eight = static_cast<const float*>(from) + channel;
         copy_floats(to, eight, eight + 4);
@@ -76,11 +76,12 @@ PSVIT_HOST_DEVICE constexpr int taps_at_once(int vectors, bool residual) {
     return loads < 9 ? 9 / loads : 1;
 }
 
-// One token of x, zero where there is none.
+// The token whose first channel is number `offset` of an image; zeros if it isn't `wanted`.
 template <int VECTORS>
-PSVIT_DEVICE void load_token(uint4 (&to)[VECTORS], const uint16_t* token, Channels c, bool wanted) {
+PSVIT_DEVICE void load_token(uint4 (&to)[VECTORS], const uint16_t* image, u32 offset, Channels c,
+                             bool wanted) {
     for (int v = 0; v < VECTORS; ++v)
-        to[v] = wanted && c.inside(v) ? *reinterpret_cast<const uint4*>(token + c.at(v))
+        to[v] = wanted && c.inside(v) ? load_global(image + (offset + c.at(v)))
                                       : uint4{0, 0, 0, 0};
 }
 
@@ -111,29 +112,31 @@ PSVIT_DEVICE void pool(float (&at)[VECTORS][8], const PoolArgs& a, int64_t image
     for (int v = 0; v < VECTORS; ++v)
         for (int i = 0; i < 8; ++i) at[v][i] = c.inside(v) ? START<KIND> : 0.0f;
 
-    const int64_t line = a.width * a.x_stride_n, residual_line = a.width * a.residual_stride_n;
-    auto* x = static_cast<const uint16_t*>(a.x) + image * a.x_stride_b + w.first * a.x_stride_n;
-    auto* residual = static_cast<const uint16_t*>(a.residual) + image * a.residual_stride_b +
-                     w.first * a.residual_stride_n;
-    for (int row = 0; row < w.rows; ++row, x += line, residual += residual_line)
+    // Inside of an image 32 bits suffice (kernels.h).
+    const u32 step = u32(a.x_stride_n), other_step = u32(a.residual_stride_n);
+    auto* const x = computed_once(static_cast<const uint16_t*>(a.x) + image * a.x_stride_b);
+    auto* const other = computed_once(static_cast<const uint16_t*>(a.residual) +
+                                      image * a.residual_stride_b);
+    for (int row = 0; row < w.rows; ++row)
         for (int column = 0; column < w.columns; column += TAPS) {
+            const u32 token = w.first + row * a.width + column;
             uint4 terms[TAPS][VECTORS], others[TAPS][VECTORS];
             for (int j = 0; j < TAPS; ++j) {
                 const bool wanted = column + j < w.columns;
-                load_token(terms[j], x + (column + j) * a.x_stride_n, c, wanted);
+                load_token(terms[j], x, (token + j) * step, c, wanted);
                 if constexpr (RESIDUAL)
-                    load_token(others[j], residual + (column + j) * a.residual_stride_n, c, wanted);
+                    load_token(others[j], other, (token + j) * other_step, c, wanted);
             }
             const float* tap = weights + (w.tap + row * a.kernel_w + column) * a.channels;
             for (int j = 0; j < TAPS; ++j, tap += a.channels) {
                 if (column + j >= w.columns) break;
                 for (int v = 0; v < VECTORS; ++v) {
                     if (!c.inside(v)) break;
-                    float value[8], other[8];
+                    float value[8], added[8];
                     widen<T>(value, terms[j][v]);
                     if constexpr (RESIDUAL) {
-                        widen<T>(other, others[j][v]);
-                        for (int i = 0; i < 8; ++i) value[i] += other[i];
+                        widen<T>(added, others[j][v]);
+                        for (int i = 0; i < 8; ++i) value[i] += added[i];
                     }
                     take<KIND>(at[v], value, tap + c.at(v) / 2, a.channels);
                 }

@@ -49,6 +49,16 @@ PSVIT_DEVICE void registers_acquire() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
+// The same pointer, in registers: the compiler won't compute it again at each use.
+template <class T>
+PSVIT_DEVICE T* computed_once(T* pointer) {
+    asm volatile("" : "+l"(pointer));
+    return pointer;
+}
+
+// 16 bytes of device memory that nobody writes while the kernel runs.
+PSVIT_DEVICE uint4 load_global(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
+
 // --- arithmetic -------------------------------------------------------------------------------
 
 PSVIT_DEVICE float exp2_approx(float x) {

@@ -154,6 +154,17 @@ void registers_release() {}
 template <int>
 void registers_acquire() {}
 
+template <class T>
+T* computed_once(T* pointer) {
+    return pointer;
+}
+
+inline uint4 load_global(const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 16)
+        emulator::fail("a load of 16 bytes from an address that is not aligned to them");
+    return *static_cast<const uint4*>(from);
+}
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
