@@ -52,8 +52,7 @@ DEFAULT_ARCHS = "80,90a"
 OLDEST_ARCH = 80
 OLDEST_NVCC = (12, 0)  # the first that knows sm_90a
 NVCC_FLAGS = shlex.split(
-    "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden,-g0 -DNDEBUG"
-    " -Xptxas=--warn-on-spills,--warn-on-local-memory-usage"
+    "-O3 -std=c++17 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-g0 -Xptxas=-v"
 )
 
 
@@ -101,9 +100,7 @@ class BuildModules(build_ext):
         wanted = native_module() if name == "_native" else cuda_module()
         if wanted is None:
             return
-        tag = f"{self.plat_name}-{sys.implementation.cache_tag}"
-        folder = ROOT / "build" / f"{name.strip('_')}.{tag}"
-        built = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        built = place_of(name)
         write_ninja_file(built, wanted)
         run_ninja(built)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -353,6 +350,12 @@ def gencode_flags(source: str, archs: list[str]) -> list[str]:
 # --- ninja ------------------------------------------------------------------------------------
 
 
+def place_of(name: str) -> Path:
+    """Where a module is built, before it is copied to where it belongs."""
+    folder = f"{name.strip('_')}.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    return ROOT / "build" / folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
 def write_ninja_file(built: Path, module: Module) -> None:
     """build.ninja beside the module that it builds; paths in it are relative to the sources."""
     ninja, _ = build_tools()
@@ -374,11 +377,20 @@ def write_ninja_file(built: Path, module: Module) -> None:
             depfile="$out.d",
             deps="gcc",
         )
+        out.rule(
+            "compile-cuda",  # what the compiler says of registers stays beside the object
+            command="$compile -MD -MF $out.d -c $in -o $out > $out.log 2>&1"
+            " || { cat $out.log; exit 1; }",
+            description="compile $out",
+            depfile="$out.d",
+            deps="gcc",
+        )
         out.rule("link", command="$link $in -o $out $libs", description="link $out")
         made = []
         for name, source, command in module.objects:
             made.append((here / f"{name}.o").as_posix())
-            out.build(made[-1], "compile", source, variables={"compile": words(command)})
+            rule = "compile-cuda" if source.endswith(".cu") else "compile"
+            out.build(made[-1], rule, source, variables={"compile": words(command)})
         out.build((here / built.name).as_posix(), "link", made)
 
 

@@ -31,6 +31,7 @@ from types import ModuleType
 from typing import NamedTuple
 from unittest.mock import patch
 
+import building
 import emulated
 import pytest
 import torch
@@ -154,7 +155,7 @@ def skip_unless_kernels() -> None:
 
 
 def emulated_kernels() -> ModuleType:
-    if (reason := emulated.unavailable()) is not None:
+    if (reason := building.unavailable()) is not None:
         pytest.skip(f"the CUDA kernels can't be compiled for a CPU: {reason}")
     module = emulated.module()
     if isinstance(module, str):
