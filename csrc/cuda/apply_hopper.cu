@@ -1,8 +1,8 @@
 // O = P V from a stored map, on sm_90a. Reading P decides the time.
 //
-// One warp starts copies: V of a head, which then stays in shared memory, and the map, box after box,
-// into a ring, as far ahead as the ring has room. Two warpgroups multiply, 64 rows each, with the
-// accumulators in registers: a map of halves straight from the ring, an 8-bit one decoded in
+// One thread starts copies: V of a head, which then stays in shared memory, and the map, box after
+// box, into a ring, as far ahead as the ring has room. Two warpgroups multiply, 64 rows each, with
+// the accumulators in registers: a map of halves straight from the ring, an 8-bit one decoded in
 // registers on the way.
 #include "codes.h"
 #include "fragments.h"
@@ -114,7 +114,8 @@ struct Operands {
 
 // A row of tiles of a map of halves: the tensor cores read both operands from shared memory.
 template <Half T, int HEAD_BOXES>
-PSVIT_DEVICE void multiply_halves(Accumulators<T, HEAD_BOXES>& acc, const Operands& o, Place& ring) {
+PSVIT_DEVICE void multiply_halves(Accumulators<T, HEAD_BOXES>& acc, const Operands& o,
+                                  Place& ring) {
     u32 previous = 0;
     for (int column = 0; column < o.tokens; column += 64) {
         mbarrier_wait(o.base + o.memory.full(ring.stage), ring.parity);
@@ -175,8 +176,8 @@ PSVIT_DEVICE void multiply_codes(Accumulators<T, HEAD_BOXES>& acc, const Operand
     acc.hold();
 }
 
-// Sums of V over the tokens. Lanes 4 j to 4 j + 3 of each warp keep those of the columns 8 j and on of
-// each box, in the places that they have in accumulators.
+// Sums of V over the tokens. Lanes 4 j to 4 j + 3 of each warp keep those of the columns 8 j and on
+// of each box, in the places that they have in accumulators.
 template <Half T, int HEAD_BOXES>
 struct ValueSums {
     float2 kept[HEAD_BOXES];

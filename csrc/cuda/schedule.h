@@ -49,7 +49,7 @@ struct ApplyMemory {
     static constexpr int MOST = 227 * 1024;  // what a block may have on sm_90
     static constexpr int MAX_STAGES = 8, MIN_STAGES = 3;
 
-    int v_boxes;    // for 64 numbers of a head: all tokens, as many as boxes of the map have columns
+    int v_boxes;    // for 64 numbers of a head: all tokens that boxes of the map have columns for
     int v_bytes;    // of a head
     int v_buffers;  // 2: V of the next head is fetched while this one is in use
     int stages;     // below MIN_STAGES: V is too big
