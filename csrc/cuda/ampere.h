@@ -24,8 +24,8 @@ PSVIT_DEVICE void copy_tile(u32 tile, const void* from, int64_t stride, int rows
 // B of 16 tokens, in the order of runs, and 16 columns (units 2 PAIR and 2 PAIR + 1) of a tile whose
 // rows are tokens: b[0], b[1] of the first eight columns, b[2], b[3] of the others.
 template <int UNITS>
-PSVIT_DEVICE void load_values(u32 (&b)[4], u32 tile, int run, int first_number, int pair) {
-    const int lane = threadIdx.x % 32;
+PSVIT_DEVICE void load_values(u32 (&b)[4], u32 tile, int lane, int run, int first_number,
+                              int pair) {
     const int token = column_of(run, first_number + fragment_row(lane));
     ldmatrix_x4_transposed(b, tile + unit_at<UNITS>(token, 2 * pair + fragment_unit(lane)));
 }

@@ -103,6 +103,7 @@ struct Accumulators {
 
     PSVIT_DEVICE void add(u32 stage, int columns) {
         using S = Stage<CODE, DIM>;
+        const int lane = threadIdx.x % 32;
         const u32 one = both<T>(1.0f);
         const u32 upper[4] = {one, 0, one, 0}, lower[4] = {0, one, 0, one};
 #pragma unroll
@@ -113,7 +114,7 @@ struct Accumulators {
 #pragma unroll
             for (int pair = 0; pair < DIM / 16; ++pair) {
                 u32 v[4];
-                load_values<S::V_UNITS>(v, stage + S::MAP_BYTES, S::RUN, 16 * step, pair);
+                load_values<S::V_UNITS>(v, stage + S::MAP_BYTES, lane, S::RUN, 16 * step, pair);
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     mma<T>(pv[m][2 * pair], p[m], v[0], v[1]);

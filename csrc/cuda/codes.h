@@ -47,8 +47,7 @@ PSVIT_DEVICE u32 encode2(float root0, float root1, float& weights) {
         constexpr float SPAN = 1.4921875f;
         const u32 shifted = pack<Half::bfloat16>(SPAN * root0 + 0.5f, SPAN * root1 + 0.5f);
         const float2 x = unpack<Half::bfloat16>(shifted);
-        weights += (x.x - 0.5f) * (x.x - 0.5f);
-        weights += (x.y - 0.5f) * (x.y - 0.5f);
+        weights += (x.x - 0.5f) * (x.x - 0.5f) + (x.y - 0.5f) * (x.y - 0.5f);
         return byte_permute(shifted, 0, 0x4420);
     } else {
         // As float16, e has the exponents that 256 e has as e4m3, and seven bits more, which are
@@ -56,8 +55,7 @@ PSVIT_DEVICE u32 encode2(float root0, float root1, float& weights) {
         const u32 e = pack<Half::float16>(root0 * root0, root1 * root1);
         const u32 rounded = e + 0x003F003Fu + (e >> 7 & 0x00010001u);
         const float2 x = unpack<Half::float16>(rounded & 0x7F807F80u);
-        weights += 256.0f * x.x;
-        weights += 256.0f * x.y;
+        weights += 256.0f * (x.x + x.y);
         return byte_permute(rounded >> 7, 0, 0x4420);
     }
 }

@@ -39,6 +39,13 @@ PSVIT_DEVICE T shuffle(T value, int lane) {
     return __shfl_sync(0xFFFFFFFFu, value, lane);
 }
 
+// The same number, of which the compiler knows nothing: what is computed from it is not computed
+// ahead of a loop, to lie in registers all the while.
+PSVIT_DEVICE u32 opaque(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Moves registers between warpgroups whose roles need different numbers of them.
 template <int REGISTERS>
 PSVIT_DEVICE void registers_release() {

@@ -149,6 +149,7 @@ T shuffle(T value, int lane) {
     return shuffled(value, lane % 32);
 }
 
+inline u32 opaque(u32 x) { return x; }
 template <int>
 void registers_release() {}
 template <int>
