@@ -65,7 +65,9 @@ struct PoolArgs {
     int batch, channels, prefix;  // channels a multiple of 8
     int height, width, out_height, out_width;
     int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
-    const void* x;  // (B, prefix + height width, C), strides in elements, 16-byte aligned
+    // (B, prefix + height width, C), strides in elements, 16-byte aligned; an image lies within
+    // 2^31 elements.
+    const void* x;
     int64_t x_stride_b, x_stride_n;
     const void* residual;  // as x, or null: what is pooled is the sum
     int64_t residual_stride_b, residual_stride_n;

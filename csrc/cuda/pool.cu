@@ -91,7 +91,8 @@ constexpr float START = KIND == PoolKind::max ? -INFINITY : -0.0f;
 
 // One tap more; `weights` are those of the first vector.
 template <PoolKind KIND>
-PSVIT_DEVICE void take(float (&at)[8], const float (&value)[8], const float* weights, int channels) {
+PSVIT_DEVICE void take(float (&at)[8], const float (&value)[8], const float* weights,
+                       int channels) {
     float weight[8];
     if constexpr (KIND == PoolKind::depthwise)
         copy_floats(weight, weights, weights + channels / 2);
