@@ -76,13 +76,17 @@ PSVIT_HOST_DEVICE constexpr int taps_at_once(int vectors, bool residual) {
     return loads < 9 ? 9 / loads : 1;
 }
 
-// The token whose first channel is number `offset` of an image; zeros if it isn't `wanted`.
+// The token whose first channel is number `offset` of an image.
 template <int VECTORS>
-PSVIT_DEVICE void load_token(uint4 (&to)[VECTORS], const uint16_t* image, u32 offset, Channels c,
-                             bool wanted) {
+PSVIT_DEVICE void load_token(uint4 (&to)[VECTORS], const uint16_t* image, u32 offset, Channels c) {
     for (int v = 0; v < VECTORS; ++v)
-        to[v] = wanted && c.inside(v) ? load_global(image + (offset + c.at(v)))
-                                      : uint4{0, 0, 0, 0};
+        if (c.inside(v)) to[v] = load_global(image + (offset + c.at(v)));
+}
+
+template <Half T>
+PSVIT_DEVICE uint4 maximum8(uint4 a, uint4 b) {
+    return {maximum2<T>(a.x, b.x), maximum2<T>(a.y, b.y), maximum2<T>(a.z, b.z),
+            maximum2<T>(a.w, b.w)};
 }
 
 // What the window's value starts as: adding to -0, not to 0, leaves a single -0 as it was.
@@ -123,14 +127,22 @@ PSVIT_DEVICE void pool(float (&at)[VECTORS][8], const PoolArgs& a, int64_t image
             const u32 token = w.first + row * a.width + column;
             uint4 terms[TAPS][VECTORS], others[TAPS][VECTORS];
             for (int j = 0; j < TAPS; ++j) {
-                const bool wanted = column + j < w.columns;
-                load_token(terms[j], x, (token + j) * step, c, wanted);
-                if constexpr (RESIDUAL)
-                    load_token(others[j], other, (token + j) * other_step, c, wanted);
+                if (column + j >= w.columns) break;
+                load_token(terms[j], x, (token + j) * step, c);
+                if constexpr (RESIDUAL) load_token(others[j], other, (token + j) * other_step, c);
+            }
+            int taps = w.columns - column;
+            if constexpr (KIND == PoolKind::max && !RESIDUAL) {
+                // As they lie in memory, halves are compared two at a time.
+                for (int j = 1; j < TAPS; ++j)
+                    for (int v = 0; v < VECTORS; ++v)
+                        if (j < taps && c.inside(v))
+                            terms[0][v] = maximum8<T>(terms[0][v], terms[j][v]);
+                taps = 1;
             }
             const float* tap = weights + (w.tap + row * a.kernel_w + column) * a.channels;
             for (int j = 0; j < TAPS; ++j, tap += a.channels) {
-                if (column + j >= w.columns) break;
+                if (j >= taps) break;
                 for (int v = 0; v < VECTORS; ++v) {
                     if (!c.inside(v)) break;
                     float value[8], added[8];

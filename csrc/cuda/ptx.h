@@ -28,6 +28,10 @@ using TensorMap = CUtensorMap;
 
 PSVIT_DEVICE void block_sync() { __syncthreads(); }
 PSVIT_DEVICE void warp_sync() { __syncwarp(); }
+// The first `threads` threads of the block wait for each other; barrier 0 is block_sync's.
+PSVIT_DEVICE void barrier_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 
 template <class T>
 PSVIT_DEVICE T shuffle_xor(T value, int mask) {
@@ -78,6 +82,17 @@ PSVIT_DEVICE float exp2_approx(float x) {
 PSVIT_DEVICE float maximum(float a, float b) {
     float y;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
+// Of two pairs of halves.
+template <Half T>
+PSVIT_DEVICE u32 maximum2(u32 a, u32 b) {
+    u32 y;
+    if constexpr (T == Half::bfloat16)
+        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    else
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
     return y;
 }
 
@@ -145,6 +160,19 @@ PSVIT_DEVICE u32 load_shared_u16(u32 address) {
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address));
     return value;
 }
+
+PSVIT_DEVICE uint4 load_shared_16(u32 address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(address));
+    return value;
+}
+PSVIT_DEVICE void store_shared(u32 address, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+// Before a barrier: what this thread wrote to shared memory is there for wgmma and the copy engine.
+PSVIT_DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Four 8x8 matrices of halves; lane l gives the address of row l % 8 of matrix l / 8.
 PSVIT_DEVICE void ldmatrix_x4(u32 (&r)[4], u32 address) {

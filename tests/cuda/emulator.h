@@ -56,8 +56,10 @@ void* at(uint32_t address, int bytes);
 // one runs `together` on all their arguments, in the order of the threads.
 enum class Scope { warp, warpgroup, block };
 void rendezvous(Scope scope, void* argument, void (*together)(void** arguments));
+// The first `threads` threads of the block wait for each other.
+void barrier_sync(int barrier, int threads);
 
-// Something in the background, which must be done before `done()` of its queue may be.
+// A tensor in device memory, of which the copy engine fetches boxes.
 struct TensorMap {
     const unsigned char* data;
     int element_bytes;
@@ -121,6 +123,7 @@ using std::max;
 using std::min;
 
 inline void block_sync() { emulator::rendezvous(emulator::Scope::block, nullptr, nullptr); }
+using emulator::barrier_sync;
 inline void warp_sync() { emulator::rendezvous(emulator::Scope::warp, nullptr, nullptr); }
 
 template <class T>
@@ -204,6 +207,12 @@ u32 fma2(u32 a, u32 b, u32 c) {
     // Exact in float64 for bfloat16 and float16, so rounded once, apart from ties of ties.
     return pack<T>(float(double(x.x) * y.x + z.x), float(double(x.y) * y.y + z.y));
 }
+template <Half T>
+u32 maximum2(u32 a, u32 b) {
+    const float2 x = unpack<T>(a), y = unpack<T>(b);
+    return pack<T>(maximum(x.x, y.x), maximum(x.y, y.y));
+}
+
 inline u32 pack_e4m3(float low, float high) {
     return u32(emulator::narrow_e4m3(high)) << 8 | emulator::narrow_e4m3(low);
 }
@@ -214,6 +223,14 @@ inline u32 shared_address(const void* pointer) {
 inline u32 load_shared_u16(u32 address) {
     return *static_cast<const uint16_t*>(emulator::at(address, 2));
 }
+
+inline uint4 load_shared_16(u32 address) {
+    return *static_cast<const uint4*>(emulator::at(address, 16));
+}
+inline void store_shared(u32 address, u32 value) {
+    *static_cast<u32*>(emulator::at(address, 4)) = value;
+}
+inline void proxy_fence() {}
 
 inline void ldmatrix_x4(u32 (&r)[4], u32 address) {
     emulator::Ldmatrix mine{r, address, false};
