@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 from building import ROOT, alone, load, load_setup, run_ninja
@@ -33,3 +35,12 @@ def _parts():
         source = path.relative_to(ROOT).as_posix()
         objects.append(setup.Object(path.stem, source, [*compiler, *FLAGS]))
     return setup.Module(objects, setup.link_command(compiler), [])
+
+
+def run_program(name: str, folder: Path) -> None:
+    """Runs ``tests/cuda/host/NAME.cpp``, which checks index arithmetic and prints what is wrong."""
+    program = folder / name
+    command = [*load_setup().find_compiler(), *FLAGS, f"tests/cuda/host/{name}.cpp", "-o", program]
+    subprocess.run(command, cwd=ROOT, check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import subprocess
 
+import building
 import emulated
 import pytest
 import torch
@@ -40,15 +40,10 @@ def dtype(request):
         yield request.param
 
 
-@pytest.mark.skipif(emulated.unavailable() is not None, reason="no C++ compiler")
+@pytest.mark.skipif(building.unavailable() is not None, reason=str(building.unavailable()))
 def test_index_arithmetic(tmp_path):
     """``csrc/cuda/pool_window.h`` against the definition: windows, channels of threads, blocks."""
-    program = tmp_path / "pool_window"
-    compiler = [*emulated.load_setup().find_compiler(), *emulated.FLAGS]
-    source = "tests/cuda/host/pool_window.cpp"
-    subprocess.run([*compiler, source, "-o", program], cwd=emulated.ROOT, check=True)
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    emulated.run_program("pool_window", tmp_path)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
