@@ -93,7 +93,7 @@ PSVIT_DEVICE uint4 maximum8(uint4 a, uint4 b) {
 template <PoolKind KIND>
 constexpr float START = KIND == PoolKind::max ? -INFINITY : -0.0f;
 
-// One tap more; `weights` are those of the first vector.
+// One tap more; `weights` is where the staged ones of these 8 channels start.
 template <PoolKind KIND>
 PSVIT_DEVICE void take(float (&at)[8], const float (&value)[8], const float* weights,
                        int channels) {
