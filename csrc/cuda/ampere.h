@@ -26,8 +26,10 @@ PSVIT_DEVICE void copy_tile(u32 tile, const void* from, int64_t stride, int rows
 template <int UNITS>
 PSVIT_DEVICE void load_values(u32 (&b)[4], u32 tile, int lane, int run, int first_number,
                               int pair) {
-    const int token = column_of(run, first_number + fragment_row(lane));
-    ldmatrix_x4_transposed(b, tile + unit_at<UNITS>(token, 2 * pair + fragment_unit(lane)));
+    const int of_lane =
+        unit_at<UNITS>(column_of(run, fragment_row(lane)), fragment_unit(lane));
+    ldmatrix_x4_transposed(
+        b, tile + (of_lane ^ unit_at<UNITS>(column_of(run, first_number), 2 * pair)));
 }
 
 }  // namespace psvit::cuda

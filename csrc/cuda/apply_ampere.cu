@@ -76,14 +76,14 @@ template <Half T, Code CODE>
 PSVIT_DEVICE void load_map(u32 (&p)[2][4], u32 tile, int step) {
     const int warp_row = threadIdx.x / 32 * WARP_ROWS, lane = threadIdx.x % 32;
     if constexpr (CODE == Code::half) {
+        const int of_lane = unit_at<8>(warp_row + fragment_row(lane), fragment_unit(lane));
 #pragma unroll
         for (int m = 0; m < 2; ++m)
-            ldmatrix_x4(p[m], tile + unit_at<8>(warp_row + 16 * m + fragment_row(lane),
-                                                2 * step + fragment_unit(lane)));
+            ldmatrix_x4(p[m], tile + (of_lane ^ unit_at<8>(16 * m, 2 * step)));
     } else {
         // Bytes as if they were halves: a lane gets four codes of each eight rows.
         u32 codes[4];
-        ldmatrix_x4(codes, tile + unit_at<4>(warp_row + lane, step));
+        ldmatrix_x4(codes, tile + (unit_at<4>(warp_row + lane, 0) ^ unit_at<4>(0, step)));
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll

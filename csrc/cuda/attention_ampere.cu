@@ -42,8 +42,8 @@ PSVIT_HOST_DEVICE constexpr bool sure(int block) {
 }
 
 PSVIT_DEVICE const uint16_t* row_of(const Tensor4& t, const Part& part, int64_t row) {
-    return static_cast<const uint16_t*>(t.data) + part.batch * t.stride_b +
-           part.head * t.stride_h + row * t.stride_n;
+    return static_cast<const uint16_t*>(t.data) + int64_t(part.batch) * t.stride_b +
+           int64_t(part.head) * t.stride_h + row * t.stride_n;
 }
 
 // 16 rows of a warp. Of each pair of values, [0] is of row lane / 4, [1] of the row eight below.
@@ -67,18 +67,26 @@ struct Rows {
         return column_of(run_at(K::WIDTH, K::RUN, block), block * 8 + lane % 4 * 2);
     }
     PSVIT_DEVICE bool inside(int half) const { return row + half * 8 < a.rows; }
-    PSVIT_DEVICE int64_t line(int half) const {
+    PSVIT_DEVICE int line(int half) const {
         return (part.batch * a.heads + part.head) * a.rows + row + half * 8;
     }
 
     PSVIT_DEVICE void load_queries(u32 (&q)[K::DIM / 16][4]) const {
+        uint4 loaded[2][K::DIM / 32];  // all under way before the first is used
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int group = 0; group < K::DIM / 32; ++group)
+                loaded[half][group] =
+                    load_unit(row_of(a.q, part, row + half * 8), group * 4 + lane % 4,
+                              inside(half) ? a.dim / 8 : 0);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int group = 0; group < K::DIM / 32; ++group) {
-                u32 pairs[4];
-                const int end = inside(half) ? a.dim - group * 32 : 0;
-                load_halves(row_of(a.q, part, row + half * 8) + group * 32, end, pairs);
+                const uint4& x = loaded[half][group];
+                u32 pairs[4] = {x.x, x.y, x.z, x.w};
+                quad_transpose(pairs);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) q[group * 2 + j / 2][j % 2 * 2 + half] = pairs[j];
             }
@@ -95,11 +103,13 @@ struct Rows {
 #pragma unroll
             for (int i = 0; i < 4; ++i) upper[i] = lower[i] = 0;
             const int run = run_at(K::WIDTH, K::RUN, block);
-            const int key = column_of(run, block * 8 + lane / 16 * 8 + lane % 8);
+            const int of_lane =
+                unit_at<K::UNITS>(column_of(run, lane / 16 * 8 + lane % 8), lane / 8 % 2);
 #pragma unroll
             for (int step = 0; step < K::DIM / 16; ++step) {
+                const int of_step = unit_at<K::UNITS>(column_of(run, block * 8), 2 * step);
                 u32 k[4];
-                ldmatrix_x4(k, keys + unit_at<K::UNITS>(key, 2 * step + lane / 8 % 2));
+                ldmatrix_x4(k, keys + (of_lane ^ of_step));
                 mma<K::T>(upper, q[step], k[0], k[1]);
                 mma<K::T>(lower, q[step], k[2], k[3]);
             }
@@ -181,7 +191,7 @@ struct Rows {
                 if (left < in_a_word) words[half][i] &= left > 0 ? (1u << left * 8 * element) - 1 : 0;
             }
         const u32(&w)[4] = words[half];
-        void* to = static_cast<char*>(a.map) + (line(half) * a.map_pitch + start) * element;
+        void* to = static_cast<char*>(a.map) + (int64_t(line(half)) * a.map_pitch + start) * element;
         if (run_at(K::WIDTH, K::RUN, first) == K::RUN)
             *static_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
         else if (K::CODE == Code::half)
@@ -251,7 +261,8 @@ __global__ void __launch_bounds__(K::THREADS, K::AT_ONCE)
     copy_async_commit();
     copy_async_wait<0>();
     block_sync();
-    const int warp = part.index * K::WARPS + threadIdx.x / 32;
+    // Of lane 0: a number that the compiler knows to be one of the whole warp.
+    const int warp = part.index * K::WARPS + shuffle(threadIdx.x / 32, 0);
     for (int row = warp * ROWS; row < a.rows; row += parts * K::WARPS * ROWS) {
         Rows<K> rows(a, part, row);
         rows.multiply_keys(keys);

@@ -42,11 +42,14 @@ PSVIT_DEVICE void store_halves(uint16_t* columns, int end, u32 (&pairs)[4]) {
         *reinterpret_cast<uint4*>(columns + first) = {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
+// 16 bytes of a row of halves, or zeros from `units` on.
+PSVIT_DEVICE uint4 load_unit(const uint16_t* row, int unit, int units) {
+    return unit < units ? reinterpret_cast<const uint4*>(row)[unit] : uint4{0, 0, 0, 0};
+}
+
 // What `store_halves` wrote, or zeros, as it takes it.
 PSVIT_DEVICE void load_halves(const uint16_t* columns, int end, u32 (&pairs)[4]) {
-    const int first = threadIdx.x % 4 * 8;
-    uint4 loaded = {0, 0, 0, 0};
-    if (first < end) loaded = *reinterpret_cast<const uint4*>(columns + first);
+    const uint4 loaded = load_unit(columns, threadIdx.x % 4, end / 8);
     pairs[0] = loaded.x, pairs[1] = loaded.y, pairs[2] = loaded.z, pairs[3] = loaded.w;
     quad_transpose(pairs);
 }

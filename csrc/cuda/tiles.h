@@ -13,7 +13,8 @@ PSVIT_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b;
 
 // Byte at which a unit of a row is. Units of a row are exchanged so that the eight rows which
 // ldmatrix reads at once lie in different banks: rows that follow each other, as well as those of
-// `column_of` for any run.
+// `column_of` for any run. Linear in the bits of row and unit: of sums of numbers that share no bit
+// it is the exclusive or, so that a lane's part is computed once, and the rest by the compiler.
 template <int UNITS>
 PSVIT_HOST_DEVICE constexpr int unit_at(int row, int unit) {
     static_assert(UNITS == 4 || UNITS % 8 == 0);
@@ -27,7 +28,8 @@ PSVIT_HOST_DEVICE constexpr int unit_at(int row, int unit) {
 // the columns 2 q and 2 q + 1. Which column stands at which number is free where the rows of the
 // other operand are fetched in the same order. Here those of one lane make a run: of `run` / 2
 // neighbouring blocks, it has run q, .., run q + run - 1. A run of 2 is the order as it is, one of
-// 4 is how ldmatrix hands out bytes, one of 8 halves or 16 bytes leaves as one store.
+// 4 is how ldmatrix hands out bytes, one of 8 halves or 16 bytes leaves as one store. Linear as
+// `unit_at` is.
 PSVIT_HOST_DEVICE constexpr int column_of(int run, int number) {
     const int block = number / 8, blocks = run / 2;
     return block / blocks * (4 * run) + number % 8 / 2 * run + block % blocks * 2 + number % 2;
@@ -47,7 +49,7 @@ PSVIT_HOST_DEVICE constexpr int fragment_unit(int lane) { return lane / 16; }
 // --- grids --------------------------------------------------------------------------------------
 
 struct Part {
-    int64_t batch, head;
+    int batch, head;
     int index;  // of the parts of the head
 };
 
