@@ -54,7 +54,6 @@ struct Rows {
     int lane, row;  // the upper one
     float scores[K::BLOCKS][4];
     u32 p[K::BLOCKS / 2][4];  // in halves, as A of 16 columns
-    u32 words[2][4];          // 16 bytes of each row of the map
     float top[2] = {-INFINITY, -INFINITY};
     float sum[2] = {}, factor[2], weights[2] = {};  // of codes: what they stand for
     float out[K::UNITS][4] = {};
@@ -155,32 +154,31 @@ struct Rows {
     PSVIT_DEVICE void make_map() {
         constexpr int group = K::RUN / 2;
 #pragma unroll
-        for (int block = 0; block < K::BLOCKS; ++block) {
-            u32(&columns)[4] = p[block / 2];
+        for (int half = 0; half < 2; ++half) {
+            u32 words[4];  // 16 bytes of the map, of a group of blocks
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
+            for (int block = 0; block < K::BLOCKS; ++block) {
                 float x = scores[block][half * 2], y = scores[block][half * 2 + 1];
-                u32& pair = columns[block % 2 * 2 + half];
+                u32& pair = p[block / 2][block % 2 * 2 + half];
                 if constexpr (K::CODE == Code::half) {
-                    pair = pack<K::T>(x * factor[half], y * factor[half]);
-                    words[half][block % group] = pair;
+                    pair = words[block % group] = pack<K::T>(x * factor[half], y * factor[half]);
                 } else {
                     x = exp2_approx(x - top[half]), y = exp2_approx(y - top[half]);
                     const u32 codes = encode2<K::CODE>(x, y, weights[half]);
-                    u32& word = words[half][block % group / 2];
+                    u32& word = words[block % group / 2];
                     word = block % 2 == 0 ? codes : word | codes << 16;
                     x *= x, y *= y;
                     sum[half] += x + y;
                     pair = pack<K::T>(x, y);
                 }
                 if (block % group == group - 1 || block == K::BLOCKS - 1)
-                    store_map(block / group * group, half);
+                    store_map(block / group * group, half, words);
             }
         }
     }
 
-    // What this lane has of a group of blocks: columns side by side.
-    PSVIT_DEVICE void store_map(int first, int half) {
+    // Of a group of blocks, this lane has columns of the map that are side by side.
+    PSVIT_DEVICE void store_map(int first, int half, u32 (&words)[4]) {
         constexpr int element = K::CODE == Code::half ? 2 : 1, in_a_word = 4 / element;
         const int start = column(first);
         if (!a.has_map || !inside(half) || start >= a.map_pitch) return;
@@ -188,16 +186,16 @@ struct Rows {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int left = a.tokens - start - i * in_a_word;
-                if (left < in_a_word) words[half][i] &= left > 0 ? (1u << left * 8 * element) - 1 : 0;
+                if (left < in_a_word) words[i] &= left > 0 ? (1u << left * 8 * element) - 1 : 0;
             }
-        const u32(&w)[4] = words[half];
-        void* to = static_cast<char*>(a.map) + (int64_t(line(half)) * a.map_pitch + start) * element;
+        void* to = static_cast<char*>(a.map) +
+                   (int64_t(line(half)) * a.map_pitch + start) * element;
         if (run_at(K::WIDTH, K::RUN, first) == K::RUN)
-            *static_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
+            *static_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
         else if (K::CODE == Code::half)
-            *static_cast<uint2*>(to) = {w[0], w[1]};
+            *static_cast<uint2*>(to) = {words[0], words[1]};
         else
-            *static_cast<u32*>(to) = w[0];
+            *static_cast<u32*>(to) = words[0];
     }
 
     PSVIT_DEVICE void multiply_values(u32 values) {
