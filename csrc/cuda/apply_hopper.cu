@@ -12,10 +12,6 @@
 namespace psvit::cuda {
 namespace {
 
-constexpr int WARPGROUPS = 2, MULTIPLYING_WARPS = 4 * WARPGROUPS;
-constexpr int THREADS = 128 * (WARPGROUPS + 1);
-// Of 168 a thread: what copying does without, multiplying gets.
-constexpr int COPYING_REGISTERS = 24, MULTIPLYING_REGISTERS = 240;
 constexpr int ROWS = ApplyMemory::ROWS;
 static_assert(ROWS == 64 * WARPGROUPS);
 
@@ -36,7 +32,6 @@ PSVIT_DEVICE void initialise_barriers(const ApplyMemory& memory, u32 base) {
         mbarrier_init(base + memory.full(i), 1);
         mbarrier_init(base + memory.empty(i), MULTIPLYING_WARPS);
     }
-    mbarrier_init_fence();
 }
 
 // --- the warp that copies -----------------------------------------------------------------------
@@ -92,12 +87,6 @@ struct Accumulators {
         for (int i = 0; i < HEAD_BOXES; ++i) wgmma_hold(box[i]);
     }
 };
-
-// Tells that this warp needs what a barrier guards no longer.
-PSVIT_DEVICE void release(u32 empty) {
-    warp_sync();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
-}
 
 // What a warpgroup reads: its 64 rows of the boxes in the ring, and V of the head.
 struct Operands {
@@ -255,7 +244,10 @@ PSVIT_DEVICE void store(const Parameters& p, const Item& item, int first_row,
         for (int block = 0; block < 8 * HEAD_BOXES; block += 4) {  // of 8 columns
             const int columns = inside ? p.dim - 8 * block : 0;
             u32 own[4], pairs[4];
-            if constexpr (CORRECTED) load_halves(v + 8 * block, columns, own);
+            if constexpr (CORRECTED) {
+                warp_sync();  // or the compiler loads all blocks first, for which registers lack
+                load_halves(v + 8 * block, columns, own);
+            }
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int box = block / 8, d = 4 * (block % 8 + j) + 2 * i;
@@ -294,20 +286,13 @@ PSVIT_DEVICE void multiply(const Parameters& p, u32 base, int warpgroup) {
 }
 
 template <Half T, Code CODE, int HEAD_BOXES, bool CORRECTED>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(RING_THREADS, 1)
     apply_hopper_kernel(const __grid_constant__ Parameters p) {
-    PSVIT_SHARED(shared);
-    const u32 base = shared_address(shared);
-    if (threadIdx.x == 0) initialise_barriers(p.memory, base);
-    block_sync();
-    const int warp = shuffle(threadIdx.x / 32, 0);  // the same for all, as the compiler now knows
-    if (warp < MULTIPLYING_WARPS) {
-        registers_acquire<MULTIPLYING_REGISTERS>();
-        multiply<T, CODE, HEAD_BOXES, CORRECTED>(p, base, warp / 4);
-    } else {
-        registers_release<COPYING_REGISTERS>();
-        if (threadIdx.x == 32 * MULTIPLYING_WARPS) copy<CODE>(p, base);
-    }
+    copy_and_multiply([&](u32 base) { initialise_barriers(p.memory, base); },
+                      [&](u32 base) { copy<CODE>(p, base); },
+                      [&](u32 base, int warpgroup) {
+                          multiply<T, CODE, HEAD_BOXES, CORRECTED>(p, base, warpgroup);
+                      });
 }
 
 // --- the host -----------------------------------------------------------------------------------
@@ -315,7 +300,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 template <Half T, Code CODE, int HEAD_BOXES, bool CORRECTED>
 void launch_with(const ApplyArgs& a, Launch where, const Parameters& p, int blocks) {
     launch("apply_hopper", a, apply_hopper_kernel<T, CODE, HEAD_BOXES, CORRECTED>,
-           Grid{blocks, THREADS, p.memory.bytes()}, where, p);
+           Grid{blocks, RING_THREADS, p.memory.bytes()}, where, p);
 }
 
 template <Half T, Code CODE>

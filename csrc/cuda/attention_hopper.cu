@@ -16,7 +16,9 @@ constexpr int THREADS = 128, ROWS = 64;
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 
 enum class MapKind { none, dense, uint8, e4m3 };
-PSVIT_HOST_DEVICE constexpr bool is_coded(MapKind kind) { return kind == MapKind::uint8 || kind == MapKind::e4m3; }
+PSVIT_HOST_DEVICE constexpr bool is_coded(MapKind kind) {
+    return kind == MapKind::uint8 || kind == MapKind::e4m3;
+}
 
 struct Parameters {
     TensorMap q_boxes, k_boxes, v_boxes;

@@ -16,6 +16,38 @@ PSVIT_DEVICE u64 box_descriptor(u32 address) {
     return swizzle_128_bytes | stride | leading | (address & 0x3FFFF) >> 4;
 }
 
+// A block of one warpgroup that starts copies, by its first thread, and two that multiply.
+constexpr int WARPGROUPS = 2, MULTIPLYING_WARPS = 4 * WARPGROUPS;
+constexpr int RING_THREADS = 128 * (WARPGROUPS + 1);
+// Of 168 a thread: what copying does without, multiplying gets.
+constexpr int COPYING_REGISTERS = 24, MULTIPLYING_REGISTERS = 240;
+
+// Both get the address of shared memory, `multiply` the number of its warpgroup as well.
+template <class Initialise, class Copy, class Multiply>
+PSVIT_DEVICE void copy_and_multiply(Initialise initialise, Copy copy, Multiply multiply) {
+    PSVIT_SHARED(shared);
+    const u32 base = shared_address(shared);
+    if (threadIdx.x == 0) {
+        initialise(base);
+        mbarrier_init_fence();
+    }
+    block_sync();
+    const int warp = shuffle(threadIdx.x / 32, 0);  // the same for all, as the compiler now knows
+    if (warp < MULTIPLYING_WARPS) {
+        registers_acquire<MULTIPLYING_REGISTERS>();
+        multiply(base, warp / 4);
+    } else {
+        registers_release<COPYING_REGISTERS>();
+        if (threadIdx.x == 32 * MULTIPLYING_WARPS) copy(base);
+    }
+}
+
+// Tells that this warp needs what a barrier guards no longer.
+PSVIT_DEVICE void release(u32 empty) {
+    warp_sync();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
+}
+
 // A place in a ring of buffers, and the parity of the phase in which it is filled.
 struct Place {
     int stage = 0;

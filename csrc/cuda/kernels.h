@@ -56,6 +56,22 @@ struct AttentionArgs {
     float* lse;        // (B, H, rows)
 };
 
+// A sharing layer up to its projection: O = P V, V = LayerNorm(x) W^T + b of each head. The norm's
+// weight and bias are in W and b already.
+struct SharingArgs {
+    Half dtype;
+    int batch, heads, tokens, channels, dim;  // at most 256 tokens, 64 numbers a head
+    int map_batch;                            // map_batch 1 serves every sequence
+    const void* x;                            // (B, tokens, C), 16-byte aligned
+    int64_t x_stride_b, x_stride_n;
+    const void* weight;        // (H dim, C), contiguous, 16-byte aligned
+    const float* weight_sums;  // (H dim,), of the rows of the weight
+    const float* bias;         // (H dim,)
+    float eps;
+    Tensor4 map;  // of halves, as in ApplyArgs
+    void* out;    // (B, tokens, H, dim), contiguous
+};
+
 enum class PoolKind { max, avg, stride, depthwise };
 
 // Each of the (height x width) tokens after the prefix pooled over its window, then LayerNorm.
@@ -94,6 +110,7 @@ void apply_ampere(const ApplyArgs&, Launch);
 void apply_hopper(const ApplyArgs&, Launch);
 void attention_ampere(const AttentionArgs&, Launch);
 void attention_hopper(const AttentionArgs&, Launch);
+void sharing_hopper(const SharingArgs&, Launch);
 void token_pool(const PoolArgs&, Launch);
 
 // What a block of apply_hopper needs of shared memory, in bytes; more than `limit`: it can't run.

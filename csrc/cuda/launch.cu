@@ -39,6 +39,11 @@ std::string shape_of(const PoolArgs& a) {
                    {"w", a.width}});
 }
 
+std::string shape_of(const SharingArgs& a) {
+    return listed({{"B", a.batch}, {"H", a.heads}, {"N", a.tokens}, {"C", a.channels},
+                   {"d", a.dim}});
+}
+
 #ifdef PSVIT_EMULATED
 
 // Few, so that a persistent block has several pieces of work.

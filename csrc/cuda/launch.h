@@ -21,6 +21,7 @@ int multiprocessors(int device);
 std::string shape_of(const ApplyArgs&);
 std::string shape_of(const AttentionArgs&);
 std::string shape_of(const PoolArgs&);
+std::string shape_of(const SharingArgs&);
 
 // A tensor of halves or bytes, innermost dimension first: sizes in elements, strides in bytes (the
 // first one's is the element). A box of 128 bytes by `box_rows` arrives in shared memory with its

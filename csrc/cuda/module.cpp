@@ -25,6 +25,7 @@ __attribute__((weak)) void apply_hopper(const ApplyArgs&, Launch);
 __attribute__((weak)) int apply_hopper_shared(int tokens, int dim, Code code);
 __attribute__((weak)) void attention_ampere(const AttentionArgs&, Launch);
 __attribute__((weak)) void attention_hopper(const AttentionArgs&, Launch);
+__attribute__((weak)) void sharing_hopper(const SharingArgs&, Launch);
 __attribute__((weak)) void token_pool(const PoolArgs&, Launch);
 }  // namespace psvit::cuda
 
@@ -101,6 +102,23 @@ void attention(const std::string& family, Place place, bool is_bfloat16, const s
     kernel(a, launch_on(place));
 }
 
+void sharing(Place place, bool is_bfloat16, std::array<int, 6> size, uintptr_t x,
+             std::array<int64_t, 2> x_strides, uintptr_t weight, uintptr_t weight_sums,
+             uintptr_t bias, float eps, Strided map, uintptr_t out) {
+    auto kernel = of_family(HOPPER, "sharing", decltype(&sharing_hopper){}, sharing_hopper);
+    auto [batch, heads, tokens, channels, dim, map_batch] = size;
+    SharingArgs a = {half(is_bfloat16), batch,
+                     heads,             tokens,
+                     channels,          dim,
+                     map_batch,         pointer<void>(x),
+                     x_strides[0],      x_strides[1],
+                     pointer<void>(weight), pointer<float>(weight_sums),
+                     pointer<float>(bias),  eps,
+                     tensor(map),       pointer<void>(out)};
+    py::gil_scoped_release release;
+    kernel(a, launch_on(place));
+}
+
 PoolKind kind_named(const std::string& name) {
     if (name == "max") return PoolKind::max;
     if (name == "avg") return PoolKind::avg;
@@ -147,6 +165,7 @@ std::map<std::string, std::vector<std::string>> families() {
     };
     return {{"apply", present(apply_ampere, apply_hopper)},
             {"attention", present(attention_ampere, attention_hopper)},
+            {"sharing", present(false, sharing_hopper)},
             {"token_pool", present(token_pool, token_pool)}};
 }
 
@@ -157,6 +176,7 @@ PYBIND11_MODULE(PSVIT_CUDA_MODULE, m) {
     m.def("apply", &apply);
     m.def("apply_shared", &apply_shared, "Bytes of shared memory that a block of `apply` needs.");
     m.def("attention", &attention);
+    m.def("sharing", &sharing);
     m.def("token_pool", &pool);
     m.attr("families") = families();
     m.attr("limits") =

@@ -1,5 +1,5 @@
-// wgmma: a warpgroup multiplies (64, 16) by (16, N), A from shared memory or registers, B from shared
-// memory, in the background. Included by ptx.h.
+// wgmma: a warpgroup multiplies (64, 16) by (16, N), A from shared memory or registers, B from
+// shared memory, in the background. Included by ptx.h.
 //
 // Accumulators of thread t: row 16 (t / 32) + t % 32 / 4 (+ 8), columns 2 (t % 4) (+ 1) of each
 // eight: d[4 j], d[4 j + 1] in the upper row, d[4 j + 2], d[4 j + 3] in the lower one, of columns
@@ -32,32 +32,31 @@
 #define PSVIT_D68 PSVIT_D64, PSVIT_D4_(64)
 #define PSVIT_D104 PSVIT_D64, PSVIT_D32_(64), PSVIT_D4_(96), PSVIT_D4_(100)
 
-
-// Both forms for one N, with R = N / 2 registers, and one type; P0 and on are the operands after them.
-#define PSVIT_WGMMA(N, R, TYPE, P0, P1, P2, P3, P4, P5, P6)                              \
-    template <int TRANSPOSED>                                                                  \
-    PSVIT_DEVICE void wgmma_##TYPE(float (&d)[N / 2], u64 a, u64 b, bool add) {                \
-        asm volatile(                                                                          \
-            "{.reg .pred add;\n"                                                               \
-            "setp.ne.b32 add, " P2 ", 0;\n"                                                    \
-            "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" PSVIT_LIST_##R "}, "  \
-            P0 ", " P1 ", add, 1, 1, 0, " P3 ";}"                                              \
-            : PSVIT_D##R                                                                          \
-            : "l"(a), "l"(b), "r"(int(add)), "n"(TRANSPOSED));                                 \
-    }                                                                                          \
-    template <int TRANSPOSED>                                                                  \
-    PSVIT_DEVICE void wgmma_##TYPE(float (&d)[N / 2], const u32 (&a)[4], u64 b, bool add) {    \
-        asm volatile(                                                                          \
-            "{.reg .pred add;\n"                                                               \
-            "setp.ne.b32 add, " P5 ", 0;\n"                                                    \
-            "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" PSVIT_LIST_##R "}, {" \
-            P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", add, 1, 1, " P6 ";}"                        \
-            : PSVIT_D##R                                                                          \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)),               \
-              "n"(TRANSPOSED));                                                                \
+// Both forms for one N, with R = N / 2 registers, and one type; operands after those are P0 and on.
+#define PSVIT_WGMMA_NAME(N, TYPE) \
+    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE
+#define PSVIT_WGMMA(N, R, TYPE, P0, P1, P2, P3, P4, P5, P6)                                     \
+    template <int TRANSPOSED>                                                                   \
+    PSVIT_DEVICE void wgmma_##TYPE(float (&d)[N / 2], u64 a, u64 b, bool add) {                 \
+        asm volatile("{.reg .pred add;\n"                                                       \
+                     "setp.ne.b32 add, " P2 ", 0;\n"                                            \
+                     PSVIT_WGMMA_NAME(N, TYPE) " {" PSVIT_LIST_##R "}, "                        \
+                     P0 ", " P1 ", add, 1, 1, 0, " P3 ";}"                                      \
+                     : PSVIT_D##R                                                               \
+                     : "l"(a), "l"(b), "r"(int(add)), "n"(TRANSPOSED));                         \
+    }                                                                                           \
+    template <int TRANSPOSED>                                                                   \
+    PSVIT_DEVICE void wgmma_##TYPE(float (&d)[N / 2], const u32 (&a)[4], u64 b, bool add) {     \
+        asm volatile("{.reg .pred add;\n"                                                       \
+                     "setp.ne.b32 add, " P5 ", 0;\n"                                            \
+                     PSVIT_WGMMA_NAME(N, TYPE) " {" PSVIT_LIST_##R "}, "                        \
+                     "{" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", add, 1, 1, " P6 ";}"            \
+                     : PSVIT_D##R                                                               \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)),       \
+                       "n"(TRANSPOSED));                                                        \
     }
-#define PSVIT_WGMMA_TYPES(N, R, ...)          \
-    PSVIT_WGMMA(N, R, bf16, __VA_ARGS__)      \
+#define PSVIT_WGMMA_TYPES(N, R, ...)     \
+    PSVIT_WGMMA(N, R, bf16, __VA_ARGS__) \
     PSVIT_WGMMA(N, R, f16, __VA_ARGS__)
 
 namespace psvit::cuda {
@@ -67,8 +66,8 @@ PSVIT_WGMMA_TYPES(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 PSVIT_WGMMA_TYPES(136, 68, "%68", "%69", "%70", "%71", "%72", "%73", "%74")
 PSVIT_WGMMA_TYPES(208, 104, "%104", "%105", "%106", "%107", "%108", "%109", "%110")
 
-// d (64, 2 x REGISTERS) = a b, + d if `add`. A is a descriptor, or registers; B a descriptor of rows
-// of columns (K outermost: tokens of V) if TRANSPOSED, else of columns of rows (K innermost).
+// d (64, 2 x REGISTERS) = a b, + d if `add`. A is a descriptor, or registers; B a descriptor, of a
+// matrix with K outermost (tokens of V) if TRANSPOSED, else with K innermost.
 template <Half T, bool TRANSPOSED, class A, int REGISTERS>
 PSVIT_DEVICE void wgmma(float (&d)[REGISTERS], const A& a, u64 b, bool add) {
     if constexpr (T == Half::bfloat16)
@@ -94,5 +93,6 @@ PSVIT_DEVICE void wgmma_hold(float (&d)[REGISTERS]) {
 
 }  // namespace psvit::cuda
 
+#undef PSVIT_WGMMA_NAME
 #undef PSVIT_WGMMA
 #undef PSVIT_WGMMA_TYPES

@@ -170,9 +170,9 @@ void perform_some_copy() {
     perform(copy);
 }
 
-// Resumes fibers until all are done.
+// Resumes fibers, which come back here, until all are done.
 void run_block() {
-    while (_setjmp(scheduler) == 2) return;
+    if (_setjmp(scheduler) == 2) return;  // a fiber failed; 1: one waits, or is done
     const int threads = int(blockDim.x);
     if (block.done == threads) return;
     if (!block.copies.empty() && (block.ready.empty() || random_below(8) == 0)) {
@@ -206,6 +206,18 @@ int members(Scope scope) {
                                        : int(blockDim.x);
 }
 
+// Of a matrix in shared memory; those without the swizzle of 128 bytes are unknown here.
+struct Descriptor {
+    uint32_t start, leading, stride;
+
+    explicit Descriptor(uint64_t bits)
+        : start(uint32_t(bits & 0x3FFF) << 4),
+          leading(uint32_t(bits >> 16 & 0x3FFF) << 4),
+          stride(uint32_t(bits >> 32 & 0x3FFF) << 4) {
+        if (bits >> 62 != 1) fail("a descriptor without the swizzle of 128 bytes");
+    }
+};
+
 float a_element(const WarpgroupProduct& p, int row, int k) {
     const Product& first = p.threads[0];
     if (first.a_registers) {
@@ -213,30 +225,24 @@ float a_element(const WarpgroupProduct& p, int row, int k) {
         const uint32_t pair = p.a[thread][(row % 16 >= 8) + 2 * (k >= 8)];
         return widen(uint16_t(pair >> 16 * (k % 2)), first.bfloat16);
     }
-    const uint32_t start = uint32_t(first.a & 0x3FFF) << 4, stride = uint32_t(first.a >> 32 & 0x3FFF) << 4;
-    const uint32_t address = start + row / 8 * stride + row % 8 * 128 + k * 2;
+    const Descriptor d(first.a);
+    const uint32_t address = d.start + row / 8 * d.stride + row % 8 * 128 + k * 2;
     return widen(*static_cast<uint16_t*>(at(swizzled(address), 2)), first.bfloat16);
 }
 
 float b_element(const Product& p, int k, int column) {
-    const uint32_t start = uint32_t(p.b & 0x3FFF) << 4;
-    const uint32_t leading = uint32_t(p.b >> 16 & 0x3FFF) << 4, stride = uint32_t(p.b >> 32 & 0x3FFF) << 4;
+    const Descriptor d(p.b);
     const uint32_t address =
-        p.transposed ? start + column / 64 * leading + column % 64 * 2 + k / 8 * stride + k % 8 * 128
-                     : start + column / 8 * stride + column % 8 * 128 + k * 2;
+        d.start + (p.transposed ? column / 64 * d.leading + column % 64 * 2 + k / 8 * d.stride +
+                                      k % 8 * 128
+                                : column / 8 * d.stride + column % 8 * 128 + k * 2);
     return widen(*static_cast<uint16_t*>(at(swizzled(address), 2)), p.bfloat16);
-}
-
-void check_descriptor(uint64_t descriptor) {
-    if (descriptor >> 62 != 1) fail("a descriptor without the swizzle of 128 bytes");
 }
 
 void perform(const WarpgroupProduct& p) {
     const Product& first = p.threads[0];
     const int n = first.columns;
     std::vector<float> a(64 * 16), b(16 * n), c(64 * n);
-    check_descriptor(first.b);
-    if (!first.a_registers) check_descriptor(first.a);
     for (int i = 0; i < 64; ++i)
         for (int k = 0; k < 16; ++k) a[i * 16 + k] = a_element(p, i, k);
     for (int k = 0; k < 16; ++k)
@@ -286,7 +292,8 @@ std::string run(int blocks, int threads, int shared, const std::function<void()>
         blockIdx = {i};
         block = Block();
         block.memory.assign(shared + 1024, 0xFF);  // NaN in every dtype
-        block.shared = block.memory.data() + 1024 - reinterpret_cast<uintptr_t>(block.memory.data()) % 1024;
+        const uintptr_t start = reinterpret_cast<uintptr_t>(block.memory.data());
+        block.shared = block.memory.data() + (1024 - start % 1024);
         block.shared_bytes = shared;
         start_fibers(threads);
         while (block.done < threads && trouble.empty()) run_block();
@@ -301,18 +308,21 @@ void* at(uint32_t address, int bytes) {
     if (address + size_t(bytes) > block.shared_bytes)
         fail("address " + std::to_string(address) + " of shared memory, of which there are " +
              std::to_string(block.shared_bytes) + " bytes");
-    if (address % bytes) fail("address " + std::to_string(address) + " of shared memory, for " + std::to_string(bytes) + " bytes");
+    if (address % bytes)
+        fail("address " + std::to_string(address) + " of shared memory, for " +
+             std::to_string(bytes) + " bytes");
     return block.shared + address;
 }
 
-void rendezvous(Scope scope, void* argument, void (*together)(void**)) {
-    Meeting& meeting = block.meetings[{int(scope), number_of(scope)}];
-    const int size = members(scope);
+namespace {
+
+void meet(Meeting& meeting, int size, void* argument, void (*together)(void**)) {
     if (meeting.waiting.empty()) {
         meeting.arguments.assign(size, nullptr);
         meeting.together = together;
     }
-    if (meeting.together != together) fail("threads that should act together are at different instructions");
+    if (meeting.together != together || int(meeting.arguments.size()) != size)
+        fail("threads that should act together are at different instructions");
     meeting.arguments[current->thread % size] = argument;
     if (int(meeting.waiting.size()) + 1 < size) {
         meeting.waiting.push_back(current);
@@ -323,6 +333,17 @@ void rendezvous(Scope scope, void* argument, void (*together)(void**)) {
     wake(meeting.waiting);
 }
 
+}  // namespace
+
+void rendezvous(Scope scope, void* argument, void (*together)(void**)) {
+    meet(block.meetings[{int(scope), number_of(scope)}], members(scope), argument, together);
+}
+
+void barrier_sync(int barrier, int threads) {
+    if (int(current->thread) >= threads) fail("a thread at a barrier of the first ones only");
+    meet(block.meetings[{-1, barrier}], threads, nullptr, nullptr);
+}
+
 const char* encode(TensorMap& map, const void* data, int element_bytes, const uint64_t* sizes,
                    const uint64_t* strides, uint32_t box_rows) {
     if (reinterpret_cast<uintptr_t>(data) % 16) return "a tensor that is not aligned to 16 bytes";
@@ -331,7 +352,8 @@ const char* encode(TensorMap& map, const void* data, int element_bytes, const ui
     map = {static_cast<const unsigned char*>(data), element_bytes, {}, {}, box_rows};
     for (int d = 0; d < 4; ++d) {
         if (sizes[d] < 1 || sizes[d] > (uint64_t(1) << 32)) return "a size of 0 or beyond 2^32";
-        if (d && (strides[d] % 16 || strides[d] >= (uint64_t(1) << 40))) return "a stride that is no multiple of 16 bytes";
+        if (d && (strides[d] % 16 || strides[d] >= (uint64_t(1) << 40)))
+            return "a stride that is no multiple of 16 bytes";
         map.sizes[d] = sizes[d];
         map.strides[d] = strides[d];
     }
@@ -342,7 +364,8 @@ const char* encode(TensorMap& map, const void* data, int element_bytes, const ui
 
 void copy_async(uint32_t to, const void* from, bool inside) {
     at(to, 16);
-    if (inside && reinterpret_cast<uintptr_t>(from) % 16) fail("a copy from an address that is not aligned to 16 bytes");
+    if (inside && reinterpret_cast<uintptr_t>(from) % 16)
+        fail("a copy from an address that is not aligned to 16 bytes");
     current->copies.back().push_back({to, from, inside});
 }
 
@@ -433,8 +456,10 @@ void mma(void** lanes) {
         const int row = l / 4, pair = l % 4 * 2;
         for (int i = 0; i < 2; ++i) {
             for (int r = 0; r < 4; ++r)
-                a[row + r % 2 * 8][pair + r / 2 * 8 + i] = widen(uint16_t(m.a[r] >> 16 * i), m.bfloat16);
-            for (int r = 0; r < 2; ++r) b[pair + r * 8 + i][row] = widen(uint16_t(m.b[r] >> 16 * i), m.bfloat16);
+                a[row + r % 2 * 8][pair + r / 2 * 8 + i] =
+                    widen(uint16_t(m.a[r] >> 16 * i), m.bfloat16);
+            for (int r = 0; r < 2; ++r)
+                b[pair + r * 8 + i][row] = widen(uint16_t(m.b[r] >> 16 * i), m.bfloat16);
         }
     }
     for (int i = 0; i < 16; ++i)

@@ -1,11 +1,11 @@
 // Runs a CUDA kernel on a CPU: what csrc/cuda/ptx.h gives, made of C++. For tests.
 //
-// One fiber a CUDA thread, one block after another. The fibers are resumed in random order, and what
-// happens in the background on a GPU (copies to shared memory, wgmma) happens here at a random
+// One fiber a CUDA thread, one block after another. The fibers are resumed in random order, and
+// what happens in the background on a GPU (copies to shared memory, wgmma) happens here at a random
 // moment between its start and the wait for it: a kernel that forgets to wait, or that overwrites
-// what is still being read, gives wrong numbers in some runs. Shared memory starts as NaN; addresses
-// outside of it, misaligned ones, threads of a warp at different instructions and deadlocks are
-// errors. Device memory is not checked, nor are speed, registers and the memory model.
+// what is still being read, gives wrong numbers in some runs. Shared memory starts as NaN;
+// addresses outside of it, misaligned ones, threads of a warp at different instructions and
+// deadlocks are errors. Not checked: device memory, speed, registers, the memory model.
 #pragma once
 #include <algorithm>
 #include <cmath>
