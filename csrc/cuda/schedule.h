@@ -1,11 +1,9 @@
 // Which block makes which rows of which head, and what fits in its shared memory.
 #pragma once
 #include "kernels.h"
-#include "ptx.h"
+#include "tiles.h"
 
 namespace psvit::cuda {
-
-PSVIT_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // The rows of all heads cut in items of `tiles` tiles of ROWS rows, the items of a head together:
 // blocks that run at the same time work on neighbouring heads of one image, whose rows of V lie in
