@@ -120,10 +120,11 @@ def _misaligned(name: str, t: Tensor) -> str | None:
     beyond = t.data_ptr() % ALIGNMENT
     if beyond:
         return f"{name} starts {beyond} bytes after a multiple of {ALIGNMENT}"
-    unit = ALIGNMENT // t.element_size()
-    if any(s % unit for n, s in zip(t.shape[:-1], t.stride(), strict=False) if n > 1):
-        return f"{name} has strides {t.stride()}, not multiples of {unit} elements"
-    if t.shape[-2] * t.stride(-2) >= 2**31:
+    unit, strides = ALIGNMENT // t.element_size(), t.stride()
+    for dim in range(len(strides) - 1):
+        if strides[dim] % unit and t.shape[dim] > 1:
+            return f"{name} has strides {strides}, not multiples of {unit} elements"
+    if (t.shape[-2] - 1) * strides[-2] >= 2**31:
         return f"{name} has heads of 2^31 elements or more"
     return None
 
@@ -144,9 +145,13 @@ def _head_dims(*tensors: Tensor) -> str | None:
     return None
 
 
-def _attention_reason(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest) -> str | None:
+def _attention_reason(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, *rest
+) -> str | None:
     if bias is not None:
         return "a bias"
+    if not scale >= 0:
+        return f"scale {scale}, below 0"
     if k.shape[2] > MAX_TOKENS:
         return f"{k.shape[2]} tokens > {MAX_TOKENS}"
     return (
@@ -191,7 +196,7 @@ def _pool_reason(
         return f"{c} channels, not a multiple of 8 up to {MAX_POOL_CHANNELS}"
     taps = kernel[0] * kernel[1]
     if kind == "conv" and c * (taps + 1) > MAX_POOL_WEIGHTS:
-        return f"{taps} weights for each of {c} channels, over {MAX_POOL_WEIGHTS} with the biases"
+        return f"{taps} weights for each of {c} channels, over {MAX_POOL_WEIGHTS} in all"
     reason = _too_large(b, n) or _misaligned("x", x)
     return reason if residual is None else reason or _misaligned("residual", residual)
 

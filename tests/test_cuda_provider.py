@@ -138,6 +138,11 @@ REFUSED = {
         lambda: attention_args(bias=normal(1, 2, 50, 50, dtype=BF16), form=torch.uint8),
         "a bias",
     ),
+    "negative scale": (
+        "attention",
+        lambda: changed(attention_args(), 4, lambda _: -0.5),
+        "scale -0.5, below 0",
+    ),
     "dropout": ("apply_dense", lambda: dense_args(dropout=0.5), "dropout"),
     "start of q": (
         "attention",
@@ -187,7 +192,7 @@ REFUSED = {
     "many weights": (
         "token_pool",
         lambda: pool_args("conv", 2048, weight=normal(2048, 1, 5, 5), groups=2048, kernel=5),
-        "25 weights for each of 2048 channels, over 24576 with the biases",
+        "25 weights for each of 2048 channels, over 24576 in all",
     ),
     "start of x": (
         "token_pool",
@@ -314,6 +319,17 @@ def test_says_why_it_is_missing(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda._no_gpu.__wrapped__() == "no GPU that PyTorch can use"
+
+
+@pytest.mark.skipif(cuda.compiled_for() is None, reason="no compiled module")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_launch_that_fails_is_an_error_in_words():
+    window, none = (1, 1, 2, 2, 0, 0), (0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match=r"CUDA driver|CUDA-capable"):
+        cuda._cuda.token_pool(
+            "sm_80", (0, 0), True, "stride", (1, 8, 0), (4, 4, 2, 2), window, (16, 128, 8),
+            (0, 0, 0), 16, False, none, 0.0,
+        )  # fmt: skip
 
 
 def test_is_never_chosen_by_itself(family):
