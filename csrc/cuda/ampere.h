@@ -10,24 +10,24 @@ namespace psvit::cuda {
 template <int THREADS, int ROWS, int UNITS>
 PSVIT_DEVICE void copy_tile(u32 tile, const void* from, int64_t stride, int rows, int units) {
     constexpr int AT_ONCE = THREADS / UNITS;
+    static_assert(ROWS % AT_ONCE == 0);
     const int unit = threadIdx.x % UNITS;
     int row = threadIdx.x / UNITS;
     const char* source = static_cast<const char*>(from) + row * stride + unit * 16;
 #pragma unroll
-    for (int i = 0; i < ceil_div(ROWS, AT_ONCE); ++i, row += AT_ONCE, source += AT_ONCE * stride) {
-        if (ROWS % AT_ONCE != 0 && row >= ROWS) break;
+    for (int i = 0; i < ROWS / AT_ONCE; ++i) {
         const bool inside = row < rows && unit < units;
         copy_async(tile + unit_at<UNITS>(row, unit), inside ? source : from, inside);
+        row += AT_ONCE, source += AT_ONCE * stride;
     }
 }
 
-// B of 16 tokens, in the order of runs, and 16 columns (units 2 PAIR and 2 PAIR + 1) of a tile whose
-// rows are tokens: b[0], b[1] of the first eight columns, b[2], b[3] of the others.
+// B of 16 tokens, in the order of runs, and of 16 columns (units 2 PAIR and 2 PAIR + 1) of a tile
+// whose rows are tokens: b[0], b[1] of the first eight columns, b[2], b[3] of the others.
 template <int UNITS>
 PSVIT_DEVICE void load_values(u32 (&b)[4], u32 tile, int lane, int run, int first_number,
                               int pair) {
-    const int of_lane =
-        unit_at<UNITS>(column_of(run, fragment_row(lane)), fragment_unit(lane));
+    const int of_lane = unit_at<UNITS>(column_of(run, fragment_row(lane)), fragment_unit(lane));
     ldmatrix_x4_transposed(
         b, tile + (of_lane ^ unit_at<UNITS>(column_of(run, first_number), 2 * pair)));
 }

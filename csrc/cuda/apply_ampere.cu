@@ -12,7 +12,6 @@ namespace {
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int WARP_ROWS = 32, ROWS = WARPS * WARP_ROWS, COLUMNS = 64;
-constexpr int STAGES = 3;
 
 // One stage of the ring: a tile of the map, then the tokens of V.
 template <Code CODE, int DIM>
@@ -21,6 +20,8 @@ struct Stage {
     static constexpr int V_UNITS = DIM / 8, BYTES = MAP_BYTES + COLUMNS * V_UNITS * 16;
     // Columns of the map that a lane has side by side in a fragment.
     static constexpr int RUN = CODE == Code::half ? 2 : 4;
+    // Two blocks of all of them fit in the shared memory of a multiprocessor.
+    static constexpr int STAGES = MAP_UNITS == 8 && V_UNITS == 16 ? 2 : 3;
 };
 
 // The rows of one block: where its map and V start, and which rows of O are its own.
@@ -98,7 +99,7 @@ PSVIT_DEVICE void load_map(u32 (&p)[2][4], u32 tile, int step) {
 template <Half T, Code CODE, int DIM, bool CORRECTED>
 struct Accumulators {
     float pv[2][DIM / 8][4] = {};
-    // Of 16 columns each: the sums of the first eight in the upper rows, of the others in the lower.
+    // Of 16 columns each: sums of the first eight in the upper rows, of the others in the lower.
     float sums[CORRECTED ? DIM / 16 : 1][4] = {};
 
     PSVIT_DEVICE void add(u32 stage, int columns) {
@@ -114,7 +115,7 @@ struct Accumulators {
 #pragma unroll
             for (int pair = 0; pair < DIM / 16; ++pair) {
                 u32 v[4];
-                load_values<S::V_UNITS>(v, stage + S::MAP_BYTES, lane, S::RUN, 16 * step, pair);
+                load_values<S::V_UNITS>(v, stage + S::MAP_BYTES, lane, S::RUN, step * 16, pair);
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     mma<T>(pv[m][2 * pair], p[m], v[0], v[1]);
@@ -141,7 +142,8 @@ PSVIT_DEVICE void store(const Accumulators<T, CODE, DIM, CORRECTED>& c, const He
 #pragma unroll
     for (int part = 0; part < WARP_ROWS / 8; ++part) {
         const int m = part / 2, half = part % 2 * 2;
-        const int row = head.first_row + threadIdx.x / 32 * WARP_ROWS + part * 8 + threadIdx.x % 32 / 4;
+        const int row = head.first_row + threadIdx.x / 32 * WARP_ROWS + part * 8 +
+                        threadIdx.x % 32 / 4;
         const bool inside = row < a.rows;
         float scale = alpha;
         if constexpr (CODE != Code::half) scale *= inside ? head.row_scale(row) : 0.0f;
@@ -171,6 +173,7 @@ template <Half T, Code CODE, int DIM, bool CORRECTED>
 __global__ void __launch_bounds__(THREADS, 2) apply_kernel(const __grid_constant__ ApplyArgs a) {
     PSVIT_SHARED(memory);
     const u32 ring = shared_address(memory);
+    constexpr int STAGES = Stage<CODE, DIM>::STAGES;
     const auto stage = [&](int piece) { return ring + piece % STAGES * Stage<CODE, DIM>::BYTES; };
     const Head<CODE> head(a);
     const int pieces = ceil_div(a.tokens, COLUMNS);
@@ -194,7 +197,7 @@ __global__ void __launch_bounds__(THREADS, 2) apply_kernel(const __grid_constant
 template <Half T, Code CODE, int DIM, bool CORRECTED>
 void run(const ApplyArgs& a, Launch where) {
     const Grid grid = {a.batch * a.heads * ceil_div(a.rows, ROWS), THREADS,
-                       STAGES * Stage<CODE, DIM>::BYTES};
+                       Stage<CODE, DIM>::STAGES * Stage<CODE, DIM>::BYTES};
     launch("apply_ampere", a, apply_kernel<T, CODE, DIM, CORRECTED>, grid, where, a);
 }
 

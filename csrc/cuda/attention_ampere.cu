@@ -17,7 +17,7 @@ namespace {
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr int ROWS = 16;  // of a warp at a time
 
-// Half also stands for no map at all: what a row's map costs then is a branch.
+// A kind of kernel. That of maps in halves also serves calls without a map.
 template <Half T_, Code CODE_, int WIDTH_, int DIM_>
 struct Kind {
     static constexpr Half T = T_;
@@ -28,10 +28,11 @@ struct Kind {
     static constexpr int RUN = CODE == Code::half ? 8 : 16;  // 16 bytes of the map
     // Fewer keys than this and a narrower kind serves: only columns from here on are masked.
     static constexpr int SURE = WIDTH == 272 ? 208 : WIDTH == 208 ? 128 : WIDTH == 128 ? 64 : 0;
-    // As many blocks on a multiprocessor as shared memory and registers for all scores allow.
-    static constexpr int WARPS = DIM == 128 ? 8 : 4, THREADS = 32 * WARPS;
     static constexpr int TILE = WIDTH * UNITS * 16;
-    static constexpr int AT_ONCE = DIM == 128 ? 1 : WIDTH == 272 || (WIDTH == 208 && CODE != Code::half) ? 2 : 3;
+    // As many blocks on a multiprocessor as the registers for all scores allow, and two tiles.
+    static constexpr int WARPS = DIM == 128 ? 8 : 4, THREADS = 32 * WARPS;
+    static constexpr bool MANY_REGISTERS = WIDTH == 272 || (WIDTH == 208 && CODE != Code::half);
+    static constexpr int AT_ONCE = DIM == 128 ? 1 : MANY_REGISTERS ? 2 : 3;
 };
 
 // Whether every column of a block is one of the keys, however many there are in this kind.
@@ -55,7 +56,8 @@ struct Rows {
     float scores[K::BLOCKS][4];
     u32 p[K::BLOCKS / 2][4];  // in halves, as A of 16 columns
     float top[2] = {-INFINITY, -INFINITY};
-    float sum[2] = {}, factor[2], weights[2] = {};  // of codes: what they stand for
+    float sum[2] = {}, factor[2];  // of exponentials, and 1 / sum
+    float weights[2] = {};         // what codes stand for, added up
     float out[K::UNITS][4] = {};
 
     PSVIT_DEVICE Rows(const AttentionArgs& args, const Part& place, int first_row)

@@ -52,8 +52,8 @@ template <int UNITS>
 void check_runs() {
     for (int run : RUNS)
         for (int unit = 0; unit < UNITS; ++unit)
-            for (int block = 0; block < 32; ++block)
-                check_banks(unit_at<UNITS>, unit, [&](int i) { return column_of(run, block * 8 + i); });
+            for (int first = 0; first < 256; first += 8)
+                check_banks(unit_at<UNITS>, unit, [&](int i) { return column_of(run, first + i); });
 }
 
 void check_order(int run) {
