@@ -2,7 +2,7 @@
 
 python -m bench.plot bench/results/NAME.json     of psvit bench: writes NAME.png beside it
 python -m bench.plot DIR                         of bench.gpu: writes roofline.png and speedup.png
-python -m bench.plot --markdown [DIR]            prints the GPU table; without DIR, what is in it
+python -m bench.plot --markdown [DIR]            prints the GPU tables; without DIR, what is in them
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _save(figure: Figure, data: dict[str, Any], target: Path) -> None:
 def roofline(lines: Sequence[Line]) -> Figure:
     """FLOPs a second over FLOPs a byte, under what this machine was seen to do."""
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
-    drawn = [line for line in lines if line.measured and line.row["flops"]]
+    drawn = [line for line in lines if line.measured and line.row["flops"] and line.row["bytes"]]
     kinds = dict.fromkeys(line.case.kind for line in drawn)
     for kind, color in zip(kinds, COLORS, strict=False):
         some = [line for line in drawn if line.case.kind == kind]
@@ -128,8 +128,12 @@ def roofline(lines: Sequence[Line]) -> Figure:
     _roofs(axes, lines, [_intensity(line) for line in drawn] or [1.0])
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")
     axes.legend(loc="lower right", fontsize=7)
-    no_products = [line for line in lines if line.measured and not line.row["flops"]]
-    _name_absent(figure, lines, {"no matrix product in it": no_products})
+    measured = [line for line in lines if line.measured]
+    others = {
+        "no matrix product in it": [line for line in measured if not line.row["flops"]],
+        "a whole network": [line for line in measured if not line.row["bytes"]],
+    }
+    _name_absent(figure, lines, others)
     return figure
 
 
@@ -151,7 +155,7 @@ def _roofs(axes: Axes, lines: Sequence[Line], intensities: Sequence[float]) -> N
 
 
 def speedups(lines: Sequence[Line]) -> Figure:
-    """Over the fastest of SDPA, or of eager code where there is none to compare with."""
+    """Over the fastest of SDPA; where there is none, over the unconverted network, or eager code."""
     rows = [(line, ratio) for line in lines if line.measured and (ratio := _ratio(line))]
     figure, axes = plt.subplots(figsize=(8, 1.6 + 0.24 * len(rows)), layout="constrained")
     values = [ratio["median"] for _, ratio in rows]
@@ -163,7 +167,9 @@ def speedups(lines: Sequence[Line]) -> Figure:
         reach = [(_bar(line, moonshot), place) for place, (line, _) in enumerate(rows)]
         _mark(axes, [(bar, place) for bar, place in reach if bar], color, label)
     _finish(axes, [f"{line.title}\nvs {line.rival}" for line, _ in rows])
-    axes.set_xlabel("speed-up over the fastest of SDPA (pools: over eager), p20 to p80")
+    axes.set_xlabel(
+        "speed-up over the fastest of SDPA (pools: over eager; networks: unconverted), p20 to p80"
+    )
     alone = [line for line in lines if line.measured and not _ratio(line)]
     _name_absent(figure, lines, {"nothing beside it": alone})
     return figure
@@ -176,11 +182,11 @@ def _ratio(line: Line) -> dict[str, float] | None:
 def _bar(line: Line, moonshot: bool) -> float | None:
     """The speed-up to reach over whom the picture shows."""
     family = (line.rival or "").split("/")[0]
-    bars = line.case.rows[line.name]
-    reach = [
-        b.least for b in bars if (b.what, b.over, b.moonshot) == ("speed-up", family, moonshot)
-    ]
-    return reach[0] if reach else None
+    scales = {"speed-up": 1.0, "flops": line.row.get("flops_ratio")}
+    for bar in line.case.rows[line.name]:
+        if bar.what in scales and (bar.over, bar.moonshot) == (family, moonshot):
+            return bar.least * scales[bar.what]
+    return None
 
 
 def _name_absent(figure: Figure, lines: Sequence[Line], others: dict[str, list[Line]]) -> None:
@@ -207,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("results", type=Path, nargs="?", help="a JSON file, or a folder")
     parser.add_argument("--output", type=Path, help="PNG of a CPU file; default: beside it")
-    parser.add_argument("--markdown", action="store_true", help="print the GPU table instead")
+    parser.add_argument("--markdown", action="store_true", help="print the GPU tables instead")
     args = parser.parse_args(arguments)
     if args.results is None:
         if not args.markdown:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,24 +22,39 @@ sys.path.append(str(ROOT))  # last: psvit is the installed one
 
 from bench.gpu import clock, command, gate, report, rows, session, work  # noqa: E402
 from bench.gpu.rows import Bar, Case  # noqa: E402
-from psvit_kernels import registry  # noqa: E402
 
 BESIDE = ("sdpa/flash", "sdpa/cudnn", "sdpa/math", "eager")
 TINY = (
     Case(
         "apply",
         (2, 2, 9),
-        {"dense": (Bar("copy", 0.5), Bar("speed-up", 0.001)), "uint8": (), "e4m3": ()}
-        | {"factored": (Bar("speed-up", 1e6),)},
+        {
+            "dense reference": (Bar("copy", 0.5), Bar("speed-up", 0.001)),
+            "uint8 reference": (),
+            "e4m3 reference": (),
+        }
+        | {"factored reference": (Bar("speed-up", 1e6),)},
         (*BESIDE, "eager A @ v"),
         "float32",
     ),
-    Case("attention", (2, 2, 9), {"dense": (Bar("map", 0.001),)}, BESIDE, "float32"),
-    Case("group", (2, 2, 9), {"dense": (), "factored": ()}, BESIDE, "float32"),
-    Case("pool-max", (2, 5, 16), {"fused": (Bar("speed-up", 0.001, "eager"),)}, rows.POOL[:1]),
-    Case("pool-avg", (2, 5, 16), {"fused": ()}, ("eager",), "float32"),
-    Case("pool-depthwise", (2, 5, 16), {"fused": ()}, ("eager",), "float32"),
-    Case("apply", (1, 2, 5), {"dense": (Bar("launches", 1.0),)}, BESIDE, "float32", launches=True),
+    Case("attention", (2, 2, 9), {"dense reference": (Bar("map", 0.001),)}, BESIDE, "float32"),
+    Case("group", (2, 2, 9), {"dense reference": (), "factored reference": ()}, BESIDE, "float32"),
+    Case(
+        "pool-max",
+        (2, 5, 16),
+        {"fused reference": (Bar("speed-up", 0.001, "eager"),)},
+        rows.POOL[:1],
+    ),
+    Case("pool-avg", (2, 5, 16), {"fused reference": ()}, ("eager",), "float32"),
+    Case("pool-depthwise", (2, 5, 16), {"fused reference": ()}, ("eager",), "float32"),
+    Case(
+        "apply",
+        (1, 2, 5),
+        {"dense reference": (Bar("launches", 1.0),)},
+        BESIDE,
+        "float32",
+        launches=True,
+    ),
 )
 RATES = {"copy_bytes_per_s": 1e9, "matrix_flops_per_s": {"float32": 1e10}, "exp_per_s": 1e9}
 
@@ -92,7 +108,7 @@ def run(
     said: list[str] = []
     if fresh:
         store.create(cases)
-    options = {"provider": "reference", "reserve": 30.0, "rounds": (3, 3)} | options
+    options = {"reserve": 30.0, "rounds": (3, 3)} | options
     deadline = time.time() + seconds
     options |= {"device": "cpu", "deadline": deadline, "say": said.append}
     session.run(store, cases, host or HostClock(), **options)
@@ -110,7 +126,7 @@ def states(store) -> set[str]:
 
 
 def shown(data: dict, cases) -> str:
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=command.WIDTH, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     report.show(data, console, cases)
     return console.export_text()
 
@@ -122,46 +138,78 @@ def spoilt(function, how):
 # --- the rows -------------------------------------------------------------------------------
 
 
-def test_every_row_of_the_table_is_there():
-    reach = {line.title: list(map(str, line.case.rows[line.name])) for line in report.lines(None)}
+def reach() -> dict[str, list[str]]:
+    """What each row is to reach."""
+    return {line.title: list(map(str, line.case.rows[line.name])) for line in report.lines(None)}
+
+
+def test_every_row_of_triton_is_there():
+    bars = reach()
     for n, dense, eight_bits in ((197, 1.8, 2.5), (577, 1.4, 2.1), (1025, 1.15, 1.7)):
-        assert reach[f"apply/64x12x{n} dense"] == ["85 % of copy", f"{dense}x sdpa"]
+        assert bars[f"apply/64x12x{n} dense triton"] == ["85 % of copy", f"{dense}x sdpa"]
         for form in ("uint8", "e4m3"):
-            assert reach[f"apply/64x12x{n} {form}"] == [f"{eight_bits}x sdpa"]
+            assert bars[f"apply/64x12x{n} {form} triton"] == [f"{eight_bits}x sdpa"]
         assert 64 * 12 >= 768
     for batch in (1, 4):
         for n in (2305, 4097):
-            assert reach[f"apply/{batch}x12x{n} dense"] == []
-            assert reach[f"apply/{batch}x12x{n} uint8"] == ["1.6x sdpa"]
-    for title in ("apply/64x12x1025 factored", "apply/4x12x4096 factored"):
-        assert reach[title] == ["1.18x sdpa"]
+            assert bars[f"apply/{batch}x12x{n} dense triton"] == []
+            assert bars[f"apply/{batch}x12x{n} uint8 triton"] == ["1.6x sdpa"]
+    for title in ("apply/64x12x1025 factored triton", "apply/4x12x4096 factored triton"):
+        assert bars[title] == ["1.18x sdpa"]
     for n in (197, 257):
-        assert reach[f"attention/64x12x{n} dense"] == [
+        assert bars[f"attention/64x12x{n} dense triton"] == [
             "sdpa + writing the map", "moonshot: 1x sdpa"
         ]  # fmt: skip
     for n in (197, 577):
-        assert reach[f"group/64x12x{n} dense"] == ["1.6x sdpa"]
+        assert bars[f"group/64x12x{n} dense triton"] == ["1.6x sdpa"]
     for kind in ("max", "avg", "depthwise"):
-        bars = ["85 % of copy", "1.5x eager", "1x compile"]
-        assert reach[f"pool-{kind}/256x14x768 fused"] == bars
+        for provider in ("triton", "cuda"):
+            assert bars[f"pool-{kind}/256x14x768 fused {provider}"] == [
+                "85 % of copy", "1.5x eager", "1x compile"
+            ]  # fmt: skip
     for kind in ("apply", "attention"):
-        assert reach[f"{kind}/1x12x197 dense"] == ["launches of sdpa"]
+        assert bars[f"{kind}/1x12x197 dense triton"] == ["launches of sdpa"]
     names = [case.name for case in rows.CASES]
     assert len(names) == len(set(names))
+
+
+def test_every_row_of_the_cuda_kernels_is_there():
+    bars = reach()
+    for n in (197, 577, 1025):
+        assert bars[f"apply/64x12x{n} dense cuda/sm_90a"] == [
+            "90 % of copy", "moonshot: 95 % of copy"
+        ]  # fmt: skip
+        for form in ("uint8", "e4m3"):
+            assert bars[f"apply/64x12x{n} {form} cuda/sm_90a"] == [
+                "80 % of copy", "moonshot: 90 % of copy", "1.5x its dense map",
+                "moonshot: 1.8x its dense map",
+            ]  # fmt: skip
+    for n in (197, 257):
+        assert bars[f"attention/64x12x{n} dense cuda/sm_90a"] == ["1x sdpa", "moonshot: 1.5x sdpa"]
+    for name in ("vit_base_patch16_224", "deit_small_patch16_224"):
+        for schedule in rows.SCHEDULES:
+            for provider in ("triton", "cuda/sm_90a"):
+                assert bars[f"model-{name}/256x224x224 {schedule} {provider}"] == [
+                    "0.97x the FLOPs of unconverted", "moonshot: 1x the FLOPs of unconverted"
+                ]  # fmt: skip
+    for title in bars:  # both families, wherever one of them is
+        if title.endswith("cuda/sm_90a") and not title.startswith("model"):
+            assert title.replace("sm_90a", "sm_80") in bars
+            assert title.replace("cuda/sm_90a", "triton") in bars
 
 
 def test_bytes_and_flops_are_the_fewest_that_will_do():
     n, heads = 197, 64 * 12
     case = rows.CASES[0]
     core, full = heads * n * 64, heads * n * n
-    assert rows.counts(case, "dense") == (2 * full * 64, 2 * full + 2 * 2 * core)
-    assert rows.counts(case, "uint8") == (2 * full * 64, full + 4 * heads * n + 2 * 2 * core)
-    assert rows.counts(case, "factored") == (4 * full * 64, 2 * 4 * core + 4 * heads * n)
-    attention = Case("attention", (64, 12, n), {"dense": ()}, ())
-    assert rows.counts(attention, "dense") == (4 * full * 64, 2 * full + 2 * 4 * core)
-    pool = Case("pool-max", (256, 14, 768), {"fused": ()}, ())
+    assert rows.counts(case, "dense triton") == (2 * full * 64, 2 * full + 2 * 2 * core)
+    assert rows.counts(case, "uint8 triton") == (2 * full * 64, full + 4 * heads * n + 2 * 2 * core)
+    assert rows.counts(case, "factored triton") == (4 * full * 64, 2 * 4 * core + 4 * heads * n)
+    attention = Case("attention", (64, 12, n), {"dense triton": ()}, ())
+    assert rows.counts(attention, "dense triton") == (4 * full * 64, 2 * full + 2 * 4 * core)
+    pool = Case("pool-max", (256, 14, 768), {"fused triton": ()}, ())
     tokens = 256 * (1 + 14 * 14 + 1 + 7 * 7)
-    assert rows.counts(pool, "fused") == (0, 2 * (tokens * 768 + 2 * 768))
+    assert rows.counts(pool, "fused triton") == (0, 2 * (tokens * 768 + 2 * 768))
 
 
 def test_select():
@@ -179,7 +227,10 @@ def test_a_whole_session(store):
     said = run(store, TINY)
     data = stored(store)
     assert list(store.file.parent.iterdir()) == [store.file]
-    assert len(said) == len(TINY) and "apply/2x2x9: dense measured, uint8 measured" in said[0]
+    assert (
+        len(said) == len(TINY)
+        and "apply/2x2x9: dense reference measured, uint8 reference" in said[0]
+    )
     assert list(data["cases"]) == [case.name for case in TINY]
     for case in TINY:
         record = data["cases"][case.name]
@@ -201,7 +252,7 @@ def test_a_whole_session(store):
     assert set(automatic["picked"]) == {"1", "2", "5"}, automatic
     assert set(automatic["picked"].values()) <= {"dense", "uint8", "e4m3", "factored"}
     assert any("FLOPs" in text for text in automatic["explained"])
-    assert data["cases"]["apply/1x2x5"]["contenders"]["dense"]["launches"] == ["kernel"]
+    assert data["cases"]["apply/1x2x5"]["contenders"]["dense reference"]["launches"] == ["kernel"]
     assert not report.failed(data)
 
 
@@ -211,9 +262,9 @@ def test_compiled_baselines(store, monkeypatch):
     monkeypatch.setattr(work, "flex", lambda: torch.nn.functional.scaled_dot_product_attention)
     beside = ("compile", "flex", "eager")
     cases = [
-        Case("apply", (1, 2, 5), {"dense": ()}, beside, "float32"),
-        Case("group", (1, 2, 5), {"dense": ()}, beside, "float32"),
-        Case("pool-max", (1, 3, 16), {"fused": ()}, ("compile",), "float32"),
+        Case("apply", (1, 2, 5), {"dense reference": ()}, beside, "float32"),
+        Case("group", (1, 2, 5), {"dense reference": ()}, beside, "float32"),
+        Case("pool-max", (1, 3, 16), {"fused reference": ()}, ("compile",), "float32"),
     ]
     run(store, cases)
     for case in cases:
@@ -223,7 +274,9 @@ def test_compiled_baselines(store, monkeypatch):
 
 
 def test_three_calls_of_sdpa_are_beside_a_group():
-    built = work.build(Case("group", (1, 2, 5), {"dense": ()}, BESIDE, "float32"), 1, "cpu")
+    built = work.build(
+        Case("group", (1, 2, 5), {"dense reference": ()}, BESIDE, "float32"), 1, "cpu"
+    )
     for name, tensors in (("sdpa/math", 9), ("eager", 5)):
         contender = built.baselines[name]()
         with contender.pinned():
@@ -234,18 +287,21 @@ def test_three_calls_of_sdpa_are_beside_a_group():
 @pytest.mark.parametrize("how", [lambda out: out * 1.1, lambda out: out * math.nan])
 def test_a_wrong_kernel_has_no_speed(store, monkeypatch, how):
     monkeypatch.setattr(work, "apply_attention", spoilt(work.apply_attention, how))
-    right = Case("pool-max", (2, 5, 16), {"fused": ()}, ("eager",), "float32")
-    wrong = Case("apply", (2, 2, 9), {"dense": (Bar("speed-up", 0.001),)}, BESIDE, "float32")
+    right = Case("pool-max", (2, 5, 16), {"fused reference": ()}, ("eager",), "float32")
+    wrong = Case(
+        "apply", (2, 2, 9), {"dense reference": (Bar("speed-up", 0.001),)}, BESIDE, "float32"
+    )
     monkeypatch.setattr(work, "_apply_oracle", _right_oracle)
     run(store, [wrong, right])
     data = stored(store)
-    assert data["cases"][wrong.name]["rows"]["dense"]["status"] == "FAILED correctness"
+    assert data["cases"][wrong.name]["rows"]["dense reference"]["status"] == "FAILED correctness"
     assert data["cases"][wrong.name]["contenders"] == {}
-    assert data["cases"][right.name]["rows"]["fused"]["status"] == "measured"
+    assert data["cases"][right.name]["rows"]["fused reference"]["status"] == "measured"
     assert report.failed(data)
-    (line,) = (t for t in shown(data, [wrong, right]).splitlines() if "x9 dense  " in t)
-    assert line.split() == ["apply/2x2x9", "dense", "FAILED", "correctness"]
-    assert "| apply/2x2x9 dense | FAILED correctness |  |" in report.markdown(data, [wrong])
+    (line,) = (t for t in shown(data, [wrong, right]).splitlines() if "x9 dense reference  " in t)
+    assert line.split() == ["apply/2x2x9", "dense", "reference", "FAILED", "correctness"]
+    monkeypatch.setattr(report, "OPERATIONS", [wrong])
+    assert "| apply/2x2x9 dense | reference | FAILED correctness |  |" in report.markdown(data)
 
 
 def _right_oracle(kept, qkv, part) -> gate.Oracle:
@@ -297,20 +353,24 @@ def test_an_exception_costs_its_row_alone(store, monkeypatch):
     monkeypatch.setattr(work, "apply_attention", fails)
     run(store, TINY[:2])
     found = stored(store)["cases"]["apply/2x2x9"]["rows"]
-    assert found["uint8"] == {
+    assert found["uint8 reference"] == {
         "status": "error", "reason": "RuntimeError: no such thing"
     }  # fmt: skip
-    assert found["dense"]["status"] == found["factored"]["status"] == "measured"
-    assert "apply/2x2x9 uint8: error: RuntimeError: no such thing" in shown(stored(store), TINY[:2])
+    assert found["dense reference"]["status"] == found["factored reference"]["status"] == "measured"
+    words = "apply/2x2x9 uint8 reference: error: RuntimeError: no such thing"
+    assert words in shown(stored(store), TINY[:2])
     assert report.failed(stored(store))
 
 
 def test_a_provider_that_cannot_serve_says_so(store):
-    run(store, TINY[:1], provider="triton")
-    if registry.PROVIDERS["triton"].missing() is None and torch.cuda.is_available():
-        pytest.skip("it can")
-    row = stored(store)["cases"]["apply/2x2x9"]["rows"]["dense"]
-    assert row["status"] == "error" and 'provider "triton"' in row["reason"]
+    cases = [Case("apply", (2, 2, 9), {"uint8 cpu": (), "uint8 reference": ()}, BESIDE, "float32")]
+    run(store, cases)
+    found = stored(store)["cases"]["apply/2x2x9"]["rows"]
+    assert found["uint8 cpu"]["status"] == "refused"
+    assert 'provider "cpu" was forced but cannot serve' in found["uint8 cpu"]["reason"]
+    assert found["uint8 reference"]["status"] == "measured"
+    assert not report.failed(stored(store))
+    assert "rows: 1 measured, 1 refused" in shown(stored(store), cases)
 
 
 def test_what_the_clock_cannot_tell_is_not_told(store):
@@ -323,11 +383,13 @@ def test_what_the_clock_cannot_tell_is_not_told(store):
 
     run(store, TINY[:1], host=Blind())
     record = stored(store)["cases"]["apply/2x2x9"]
-    assert record["contenders"]["dense"]["captured"] is None
-    assert record["contenders"]["dense"]["wall"]
-    assert record["rows"]["dense"]["status"] == "error"
-    assert "captured: RuntimeError: capture failed" in record["rows"]["dense"]["reason"]
-    assert record["contenders"]["dense"]["peak_bytes"]["reason"].startswith("RuntimeError")
+    assert record["contenders"]["dense reference"]["captured"] is None
+    assert record["contenders"]["dense reference"]["wall"]
+    assert record["rows"]["dense reference"]["status"] == "error"
+    assert "captured: RuntimeError: capture failed" in record["rows"]["dense reference"]["reason"]
+    assert record["contenders"]["dense reference"]["peak_bytes"]["reason"].startswith(
+        "RuntimeError"
+    )
 
 
 def test_no_case_starts_when_the_time_is_over(store):
@@ -376,13 +438,15 @@ def test_a_lost_device_costs_one_row(store, monkeypatch):
             return Ended(3)
         return Ended(0)
 
-    command.supervise(store, TINY[:2], start, time.time() + 1e6)
+    store.create(TINY[:2])
+    command.supervise(store, start, time.time() + 1e6)
     found = stored(store)["cases"]
     assert {name: row["status"] for name, row in found["apply/2x2x9"]["rows"].items()} == {
-        "dense": "measured", "uint8": "error", "e4m3": "error", "factored": "measured"
+        "dense reference": "measured", "uint8 reference": "error",
+        "e4m3 reference": "error", "factored reference": "measured",
     }  # fmt: skip
-    assert starts == 3 and found["apply/2x2x9"]["lost"] == ["uint8", "e4m3"]
-    assert found["attention/2x2x9"]["rows"]["dense"]["status"] == "measured"
+    assert starts == 3 and found["apply/2x2x9"]["lost"] == ["uint8 reference", "e4m3 reference"]
+    assert found["attention/2x2x9"]["rows"]["dense reference"]["status"] == "measured"
 
 
 class Ended:
@@ -417,16 +481,17 @@ def test_a_killed_process_costs_its_case(store):
         run(store, TINY[:2], fresh=False)
         return Ended(0)
 
-    command.supervise(store, TINY[:2], start, time.time() + 1e6)
+    store.create(TINY[:2])
+    command.supervise(store, start, time.time() + 1e6)
     found = stored(store)["cases"]
     assert found["apply/2x2x9"]["status"] == "error"
-    assert found["apply/2x2x9"]["rows"]["dense"]["reason"] == "the process ended with -11"
-    assert found["attention/2x2x9"]["rows"]["dense"]["status"] == "measured"
+    assert found["apply/2x2x9"]["rows"]["dense reference"]["reason"] == "ended its process with -11"
+    assert found["attention/2x2x9"]["rows"]["dense reference"]["status"] == "measured"
 
 
 @pytest.mark.parametrize(
     ("seconds", "status", "reason"),
-    [(1e6, "error", "not done after 5 s"), (0.0, "not measured", "the time was over")],
+    [(1e6, "error", "was not done after 5 s"), (0.0, "not measured", "the time was over")],
 )
 def test_a_case_that_does_not_end_is_ended(store, seconds, status, reason):
     first = True
@@ -439,8 +504,9 @@ def test_a_case_that_does_not_end_is_ended(store, seconds, status, reason):
             return Ended(None)
         return Ended(0)
 
-    command.supervise(store, TINY[:2], start, time.time() + seconds, stuck=5, nap=0)
-    row = stored(store)["cases"]["attention/2x2x9"]["rows"]["dense"]
+    store.create(TINY[:2])
+    command.supervise(store, start, time.time() + seconds, stuck=5, nap=0)
+    row = stored(store)["cases"]["attention/2x2x9"]["rows"]["dense reference"]
     assert row == {"status": status, "reason": reason}
 
 
@@ -451,7 +517,8 @@ def test_processes_that_never_begin_are_not_started_for_ever(store):
         starts.append(1)
         return Ended(1)
 
-    command.supervise(store, TINY, start, time.time() + 1e6)
+    store.create(TINY)
+    command.supervise(store, start, time.time() + 1e6)
     assert len(starts) == command.FALSE_STARTS
     assert {
         row["status"] for c in stored(store)["cases"].values() for row in c["rows"].values()
@@ -496,8 +563,7 @@ def test_exit_code(monkeypatch, tmp_path, status, code):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(report, "show", lambda data, console: None)
 
-    def supervise(store, cases, start, deadline) -> None:
-        store.create(cases)
+    def supervise(store, start, deadline, stuck=0.0) -> None:
         for record in store.data["cases"].values():
             for row in record["rows"].values():
                 row["status"] = status
@@ -527,9 +593,11 @@ def test_the_machine_is_described(monkeypatch):
 def made_up() -> tuple[dict, Case]:
     """Times that make the sums easy."""
     bars = (Bar("copy", 0.5), Bar("speed-up", 2.0), Bar("map", 2.5), Bar("launches", 1.0))
-    case = Case("attention", (1, 1, 10), {"dense": bars}, ("sdpa/flash", "sdpa/math"), "float32")
+    case = Case(
+        "attention", (1, 1, 10), {"dense triton": bars}, ("sdpa/flash", "sdpa/math"), "float32"
+    )
     record = session.blank(case)
-    record["rows"]["dense"] |= {
+    record["rows"]["dense triton"] |= {
         "status": "measured", "error": {"psvit": 1e-3, "eager": 2e-3},
         "flops": 1e4, "bytes": 1e3, "map_bytes": 400,
     }  # fmt: skip
@@ -539,10 +607,10 @@ def made_up() -> tuple[dict, Case]:
         entry = {"captured": quantiles, "wall": quantiles, "reason": None}
         return entry | {"peak_bytes": 2_000_000, "launches": ["kernel"] * launches}
 
-    record["contenders"] = {"dense": timed(2.0, 2), "sdpa/flash": timed(4.2, 1)}
+    record["contenders"] = {"dense triton": timed(2.0, 2), "sdpa/flash": timed(4.2, 1)}
     record["contenders"]["sdpa/math"] = timed(9.0, 5)
     record["ratios"] = {
-        "dense": {
+        "dense triton": {
             "sdpa/flash": {"median": 2.1, "p20": 2.0, "p80": 2.2},
             "sdpa/math": {"median": 4.5, "p20": 4.4, "p80": 4.6},
         }
@@ -566,22 +634,27 @@ def test_bars():
 
 
 def test_markdown_without_results_holds_no_figure():
-    table = report.markdown(None).splitlines()
-    assert len(table) == 2 + sum(len(case.rows) for case in rows.CASES)
-    for row in table[2:]:
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert cells[1] == "not measured" and not any(cells[2:7]) and cells[7] and not cells[8]
+    tables = [table.splitlines() for table in report.markdown(None).split("\n\n")]
+    assert [len(table) for table in tables] == [
+        2 + sum(len(case.rows) for case in cases) for cases in (rows.OPERATIONS, rows.MODELS)
+    ]
+    for row in (row for table in tables for row in table[2:]):
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip("|"))]
+        assert cells[2] == "not measured" and not any(cells[3:10]), row
+        assert cells[10] and not cells[11] and len(cells) == 12
 
 
-def test_markdown_of_some_rows():
+def test_markdown_of_some_rows(monkeypatch):
     data, case = made_up()
-    other = Case("apply", (1, 1, 10), {"dense": ()}, ())
-    text = report.markdown(data, [case, other])
-    assert (
-        "| attention/1x1x10 dense | 2.0 (1.8 to 2.2) | sdpa/flash | 2.10 (2.00 to 2.20) |" in text
+    other = Case("apply", (1, 1, 10), {"dense triton": ()}, ())
+    monkeypatch.setattr(report, "OPERATIONS", [case, other])
+    text = report.markdown(data)
+    start = (
+        "| attention/1x1x10 dense | triton | 2.0 (1.8 to 2.2) | sdpa/flash | 2.10 (2.00 to 2.20)"
     )
+    assert start in text
     assert "| yes; yes; no; no |" in text
-    assert "| apply/1x1x10 dense | not measured |" in text
+    assert "| apply/1x1x10 dense | triton | not measured |" in text and "model-" not in text
 
 
 def test_pictures(monkeypatch, tmp_path, capsys):
@@ -589,8 +662,8 @@ def test_pictures(monkeypatch, tmp_path, capsys):
     from bench import plot
 
     data, case = made_up()
-    other = Case("apply", (1, 1, 10), {"dense": (Bar("speed-up", 1.0),)}, ())
-    pool = Case("pool-max", (1, 3, 8), {"fused": ()}, ())
+    other = Case("apply", (1, 1, 10), {"dense triton": (Bar("speed-up", 1.0),)}, ())
+    pool = Case("pool-max", (1, 3, 8), {"fused triton": ()}, ())
     real = report.lines
     monkeypatch.setattr(report, "lines", lambda data: real(data, [case, other, pool]))
     (tmp_path / "gpu.json").write_text(json.dumps(data))
@@ -600,7 +673,7 @@ def test_pictures(monkeypatch, tmp_path, capsys):
     ]  # fmt: skip
     for draw in (plot.roofline, plot.speedups):
         under = draw(report.lines(data)).get_supxlabel()
-        assert under == "not measured: apply/1x1x10 dense, pool-max/1x3x8 fused"
+        assert under == "not measured: apply/1x1x10 dense triton, pool-max/1x3x8 fused triton"
     data["cases"] = {}
     (tmp_path / "gpu.json").write_text(json.dumps(data))
     with pytest.raises(SystemExit):
@@ -643,8 +716,8 @@ def test_the_clock_of_a_device():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_session_on_a_device(store):
-    cases = [Case("pool-max", (2, 5, 16), {"fused": ()}, rows.POOL)]
+    cases = [Case("pool-max", (2, 5, 16), {"fused reference": ()}, rows.POOL)]
     store.create(cases)
-    options = {"device": "cuda", "provider": "reference", "deadline": time.time() + 1e6}
+    options = {"device": "cuda", "deadline": time.time() + 1e6}
     session.run(store, cases, clock.CudaClock(), **options, rounds=(3, 3))
-    assert stored(store)["cases"][cases[0].name]["rows"]["fused"]["status"] == "measured"
+    assert stored(store)["cases"][cases[0].name]["rows"]["fused reference"]["status"] == "measured"

@@ -11,7 +11,7 @@ import importlib.util
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +67,17 @@ def check(run: Callable[[], Results], oracle: Callable[[slice], Oracle], step: i
     for spoilt in run().values():
         spoilt.fill_(math.nan)
     del spoilt
-    both = (first, run())
+    return hold((first, run()), oracle, step)
+
+
+def hold(runs: Sequence[Results], oracle: Callable[[slice], Oracle], step: int) -> Error:
+    """Every element of the results of some runs against the bar; as ``check``."""
     error = Error()
-    batch = len(next(iter(first.values())))
+    batch = len(next(iter(runs[0].values())))
     for start in range(0, batch, step):
         part = slice(start, min(start + step, batch))
         expected = oracle(part)
-        for results in both:
+        for results in runs:
             error = _worse(error, {name: t[part] for name, t in results.items()}, expected)
     return error
 
@@ -116,6 +120,7 @@ def helpers() -> ModuleType:
     """``tests/helpers.py`` of this checkout."""
     if "helpers" not in sys.modules:
         file = Path(__file__).resolve().parents[2] / "tests" / "helpers.py"
+        sys.path.append(str(file.parent))  # of what it imports
         spec = importlib.util.spec_from_file_location("helpers", file)
         assert spec is not None and spec.loader is not None
         module: Any = importlib.util.module_from_spec(spec)

@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .rows import CASES, Bar, Case, named
-from .session import ERROR, MEASURED, NOT_MEASURED, WRONG
+from .rows import CASES, MODELS, OPERATIONS, TRITON, Bar, Case, named, split
+from .session import ERROR, MEASURED, NOT_MEASURED, REFUSED, WRONG
 
 Record = dict[str, Any]
 
 #: What a speed-up is over where a row has no bar that says it.
-FAMILIES = ("sdpa", "eager")
+FAMILIES = ("sdpa", "unconverted", "eager")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Line:
         return self.record.get("rows", {}).get(self.name, {})
 
     @property
+    def provider(self) -> str:
+        return split(self.name)[1]
+
+    @property
     def status(self) -> str:
         return self.row.get("status", NOT_MEASURED)
 
@@ -77,7 +81,7 @@ class Line:
     @property
     def share_of_copy(self) -> float | None:
         rate = self.rates.get("copy_bytes_per_s")
-        return self.row["bytes"] / self.seconds / rate if rate else None
+        return self.row["bytes"] / self.seconds / rate if rate and self.row["bytes"] else None
 
     @property
     def share_of_matrix(self) -> float | None:
@@ -105,6 +109,15 @@ class Line:
         return self.record.get("ratios", {}).get(self.name, {}).get(other)
 
     @property
+    def over_dense(self) -> Record | None:
+        """Speed-up over the dense map that the same provider makes or applies."""
+        return self.speedup(f"dense {self.provider}")
+
+    @property
+    def over_triton(self) -> Record | None:
+        return self.speedup(f"{split(self.name)[0]} {TRITON}")
+
+    @property
     def verdicts(self) -> list[Verdict]:
         return [Verdict(bar, self._value(bar)) for bar in self.case.rows[self.name]]
 
@@ -113,6 +126,8 @@ class Line:
             return None
         if bar.what == "copy":
             return self.share_of_copy
+        if bar.what == "dense":
+            return self.over_dense["median"] if self.over_dense else None
         other = self.fastest(bar.over)
         if other is None:
             return None
@@ -125,6 +140,8 @@ class Line:
             return None
         if bar.what == "speed-up":
             return ratio["median"]
+        if bar.what == "flops":
+            return ratio["median"] / self.row["flops_ratio"]
         rate = self.rates.get("copy_bytes_per_s")
         return ratio["median"] + self.row["map_bytes"] / rate / self.seconds if rate else None
 
@@ -147,8 +164,8 @@ def failed(data: Record) -> bool:
 # --- fields ---------------------------------------------------------------------------------
 
 COLUMNS = (
-    "row", "captured us", "wall us", "fastest other", "speed-up", "p20 to p80", "% copy",
-    "% matrix", "error", "x eager's", "peak MB",
+    "row", "captured us", "wall us", "fastest other", "speed-up", "p20 to p80", "x triton",
+    "x dense", "% copy", "% matrix", "error", "x eager's", "peak MB",
 )  # fmt: skip
 
 
@@ -161,8 +178,10 @@ def fields(line: Line) -> list[str]:
         _microseconds(entry["captured"]),
         _microseconds(entry["wall"]),
         f"{rival} {_microseconds(line.entry(rival)['captured'])}" if rival else "",
-        f"{ratio['median']:.2f}" if ratio else "",
+        _times(ratio),
         f"{ratio['p20']:.2f} to {ratio['p80']:.2f}" if ratio else "",
+        _times(line.over_triton),
+        _times(line.over_dense),
         _percent(line.share_of_copy),
         _percent(line.share_of_matrix),
         f"{error['psvit']:.1e}",
@@ -177,6 +196,10 @@ def _microseconds(timing: Record | None, key: str = "median") -> str:
     return f"{timing[key]:.1f}" if timing[key] < 1000 else f"{timing[key]:.0f}"
 
 
+def _times(ratio: Record | None) -> str:
+    return f"{ratio['median']:.2f}" if ratio else ""
+
+
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f}"
 
@@ -186,7 +209,7 @@ def machine_text(data: Record) -> str:
     device, seen, rates = (data.get(key, {}) for key in ("device", "versions", "rates"))
     parts = [device.get("name", "no device"), f"driver {device.get('driver') or 'unknown'}"]
     parts += [f"{name} {seen[name]}" for name in ("torch", "triton", "cuda") if seen.get(name)]
-    parts += [f"commit {data.get('commit')}", f"provider {data.get('provider')}"]
+    parts.append(f"commit {data.get('commit')}")
     if "copy_bytes_per_s" in rates:
         parts.append(f"copy {rates['copy_bytes_per_s'] / 1e12:.2f} TB/s")
     for name, rate in rates.get("matrix_flops_per_s", {}).items():
@@ -265,7 +288,7 @@ def summary(found: Sequence[Line]) -> str:
     verdicts = [v for line in found for v in line.verdicts if not v.bar.moonshot]
     counts = {
         status: sum(line.status == status for line in found)
-        for status in (MEASURED, WRONG, ERROR, NOT_MEASURED)
+        for status in (MEASURED, WRONG, ERROR, REFUSED, NOT_MEASURED)
     }
     rows = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     reached = sum(v.reached is True for v in verdicts)
@@ -273,28 +296,44 @@ def summary(found: Sequence[Line]) -> str:
     return f"rows: {rows}; bars: {reached} reached, {missed} missed, of {len(verdicts)}"
 
 
-HEADER = ("row", "us (p20 to p80)", "over", "speed-up (p20 to p80)", "% of copy",
-          "% of matrix rate", "error / eager's", "bar", "reached")  # fmt: skip
+HEADER = (
+    "row", "provider", "us (p20 to p80)", "over", "speed-up (p20 to p80)", "x triton", "x dense",
+    "% of copy", "% of matrix rate", "error / eager's", "bar", "reached",
+)  # fmt: skip
 
 
-def markdown(data: Record | None, cases: Sequence[Case] = CASES) -> str:
-    """All rows as a table; those without data say so."""
+def markdown(data: Record | None) -> str:
+    """Every row that there is to measure, as tables; those without data say so.
+
+    Operations and networks are measured in sessions of their own: a file that holds none of either
+    gives no table of it.
+    """
+    groups = [group for group in (OPERATIONS, MODELS) if data is None or _holds(data, group)]
+    tables = "\n".join(_markdown_table(data, group) for group in groups)
+    return tables if data is None else f"{machine_text(data)}\n\n{tables}"
+
+
+def _holds(data: Record, cases: Sequence[Case]) -> bool:
+    return any(case.name in data["cases"] for case in cases)
+
+
+def _markdown_table(data: Record | None, cases: Sequence[Case]) -> str:
     rows = [HEADER, ["---"] * len(HEADER), *map(_markdown_fields, lines(data, cases))]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    return table if data is None else f"{machine_text(data)}\n\n{table}"
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _markdown_fields(line: Line) -> list[str]:
     bars = "; ".join(str(bar) for bar in line.case.rows[line.name]) or "report"
+    row = line.title.removesuffix(f" {line.provider}").replace("|", "\\|")
     if not line.measured:
-        return [line.title, line.status, *[""] * 5, bars, ""]
+        return [row, line.provider, line.status, *[""] * 7, bars, ""]
     shown = dict(zip(COLUMNS, fields(line), strict=True))
     captured = line.entry()["captured"]
     spread = " to ".join(_microseconds(captured, key) for key in ("p20", "p80"))
     speedup = f"{shown['speed-up']} ({shown['p20 to p80']})" if shown["speed-up"] else ""
     names = {None: NOT_MEASURED, True: "yes", False: "no"}
     return [
-        line.title, f"{shown['captured us']} ({spread})", line.rival or "", speedup,
-        shown["% copy"], shown["% matrix"], shown["x eager's"], bars,
-        "; ".join(names[verdict.reached] for verdict in line.verdicts),
+        row, line.provider, f"{shown['captured us']} ({spread})", line.rival or "", speedup,
+        shown["x triton"], shown["x dense"], shown["% copy"], shown["% matrix"],
+        shown["x eager's"], bars, "; ".join(names[verdict.reached] for verdict in line.verdicts),
     ]  # fmt: skip

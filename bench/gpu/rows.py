@@ -1,12 +1,13 @@
 """The rows of the GPU table as plain data: what is measured, beside what, and what it must reach.
 
-A case is one set of inputs. Its rows are the things of psvit that run on them, each with its bars;
-its baselines run in the same rounds. Cases stand in order of importance: when the time is over,
-what stands last is not measured.
+A case is one set of inputs. Its rows are the things of psvit that run on them, each served by one
+provider and each with its bars; its baselines run in the same rounds. Cases stand in order of
+importance: when the time is over, what stands last is not measured.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 HEAD_DIM = 64
+
+#: Providers; of the CUDA kernels also with one family of them. Pools have but one.
+TRITON, CUDA, HOPPER, AMPERE = "triton", "cuda", "cuda/sm_90a", "cuda/sm_80"
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,14 @@ class Bar:
         what: "speed-up" over the fastest baseline of the family ``over``; "copy", the share of the
             measured copy bandwidth; "map", the time of the fastest of ``over`` plus writing the map
             once at copy bandwidth, over the row's own time; "launches", those of the fastest of
-            ``over`` over the row's own.
+            ``over`` over the row's own; "dense", the time of the same provider's dense map over the
+            row's own; "flops", the speed-up divided by what the FLOPs of ``over`` are to the row's.
         least: the value to reach.
         over: a family of baselines: what their names start with, up to a "/".
         moonshot: wished for, not required.
     """
 
-    what: Literal["speed-up", "copy", "map", "launches"]
+    what: Literal["speed-up", "copy", "map", "launches", "dense", "flops"]
     least: float
     over: str = "sdpa"
     moonshot: bool = False
@@ -41,6 +46,8 @@ class Bar:
             "copy": f"{100 * self.least:.0f} % of copy",
             "map": f"{self.over} + writing the map",
             "launches": f"launches of {self.over}",
+            "dense": f"{self.least:.3g}x its dense map",
+            "flops": f"{self.least:.3g}x the FLOPs of {self.over}",
         }[self.what]
         return f"moonshot: {text}" if self.moonshot else text
 
@@ -50,9 +57,11 @@ class Case:
     """One set of inputs.
 
     Args:
-        kind: "apply", "attention" and "group", shape (B, H, N); or a kind of "pool-", shape
-            (B, side, C): a square grid and one prefix token.
-        rows: bars by row: the form of the map; for pools, "fused".
+        kind: "apply", "attention" and "group", shape (B, H, N); a kind of "pool-", shape
+            (B, side, C): a square grid and one prefix token; or a network of timm after "model-",
+            shape (B, side, side): images.
+        rows: bars by row: the form of the map (for pools "fused", for networks the schedule), a
+            space, and the provider.
         baselines: names; a family and, after a "/", which of it.
         launches: whether to count what is launched on the device.
     """
@@ -73,50 +82,84 @@ SDPA = ("sdpa/flash", "sdpa/cudnn", "sdpa/efficient", "sdpa/math")
 ATTENTION = (*SDPA, "eager", "compile", "flex")
 APPLY = (*ATTENTION, "eager A @ v")
 POOL = ("eager", "compile")
+UNCONVERTED = ("unconverted/flash", "unconverted/cudnn")
+
+Rows = dict[str, tuple[Bar, ...]]
+Bars = tuple[Bar, ...]
 
 
-def _over_sdpa(least: float) -> Bar:
-    return Bar("speed-up", least)
+def _over_sdpa(least: float, moonshot: float | None = None) -> Bars:
+    bars = (Bar("speed-up", least),)
+    return bars if moonshot is None else (*bars, Bar("speed-up", moonshot, moonshot=True))
 
 
-def _apply(n: int, dense: float, eight_bits: float, **more: tuple[Bar, ...]) -> Case:
-    rows = {
-        "dense": (Bar("copy", 0.85), _over_sdpa(dense)),
-        "uint8": (_over_sdpa(eight_bits),),
-        "e4m3": (_over_sdpa(eight_bits),),
-    }
-    return Case("apply", (64, 12, n), rows | more, APPLY)
+def _copy(least: float, moonshot: float) -> Bars:
+    return Bar("copy", least), Bar("copy", moonshot, moonshot=True)
+
+
+def _served(form: str, triton: Bars, hopper: Bars = ()) -> Rows:
+    """A row for each provider; the kernels for every GPU are to be seen, not to be reached."""
+    return {f"{form} {TRITON}": triton, f"{form} {HOPPER}": hopper, f"{form} {AMPERE}": ()}
+
+
+EIGHT_BITS = (*_copy(0.8, 0.9), Bar("dense", 1.5), Bar("dense", 1.8, moonshot=True))
+
+
+def _apply(n: int, dense: float, eight_bits: float, **more: Bars) -> Case:
+    rows = _served("dense", (Bar("copy", 0.85), *_over_sdpa(dense)), _copy(0.9, 0.95))
+    for form in ("uint8", "e4m3"):
+        rows |= _served(form, _over_sdpa(eight_bits), EIGHT_BITS)
+    rows |= {f"{form} {TRITON}": bars for form, bars in more.items()}
+    return Case("apply", (64, 12, n), rows, APPLY)
 
 
 def _dense_prediction(batch: int, n: int) -> Case:
     """Attention is half of the block there; dense maps are reported only."""
-    rows = {"dense": (), "uint8": (_over_sdpa(1.6),), "e4m3": (_over_sdpa(1.6),)}
+    rows = _served("dense", ())
+    for form in ("uint8", "e4m3"):
+        rows |= _served(form, _over_sdpa(1.6))
     return Case("apply", (batch, 12, n), rows, APPLY)
 
 
 def _attention(n: int) -> Case:
-    bars = (Bar("map", 1.0), Bar("speed-up", 1.0, moonshot=True))
-    return Case("attention", (64, 12, n), {"dense": bars}, ATTENTION)
+    dense = (Bar("map", 1.0), Bar("speed-up", 1.0, moonshot=True))
+    rows = _served("dense", dense, _over_sdpa(1.0, 1.5)) | _served("uint8", (), _over_sdpa(1.0))
+    return Case("attention", (64, 12, n), rows, ATTENTION)
 
 
 def _group(n: int) -> Case:
     """One layer that attends and two that share, forward and backward, beside three of SDPA."""
-    return Case("group", (64, 12, n), {"dense": (_over_sdpa(1.6),), "factored": ()}, ATTENTION)
+    rows = {f"dense {TRITON}": _over_sdpa(1.6), f"factored {TRITON}": ()}
+    return Case("group", (64, 12, n), rows, ATTENTION)
 
 
 def _pool(kind: str) -> Case:
     bars = (Bar("copy", 0.85), Bar("speed-up", 1.5, "eager"), Bar("speed-up", 1.0, "compile"))
-    return Case(f"pool-{kind}", (256, 14, 768), {"fused": bars}, POOL)
+    rows = {f"fused {provider}": bars for provider in (TRITON, CUDA)}
+    return Case(f"pool-{kind}", (256, 14, 768), rows, POOL)
 
 
 def _single(kind: str, baselines: tuple[str, ...]) -> Case:
     """Batch 1: what it takes to launch is what it takes."""
-    return Case(kind, (1, 12, 197), {"dense": (Bar("launches", 1.0),)}, baselines, launches=True)
+    bars = (Bar("launches", 1.0),)
+    rows = {f"dense {provider}": bars for provider in (TRITON, HOPPER, AMPERE)}
+    return Case(kind, (1, 12, 197), rows, baselines, launches=True)
 
 
-FACTORED = (Bar("speed-up", 1 / 0.85),)
+#: Attention sharing alone, and with two pools.
+SCHEDULES = ("AASSASSSASSS", "AASA|ASAS|ASSS")
 
-CASES: tuple[Case, ...] = (
+
+def _model(name: str) -> Case:
+    """A whole network, compiled, beside the unconverted one."""
+    bars = (Bar("flops", 0.97, "unconverted"), Bar("flops", 1.0, "unconverted", moonshot=True))
+    rows = {f"{text} {provider}": bars for text in SCHEDULES for provider in (TRITON, HOPPER)}
+    return Case(f"model-{name}", (256, 224, 224), rows, UNCONVERTED)
+
+
+FACTORED = _over_sdpa(1 / 0.85)
+
+OPERATIONS: tuple[Case, ...] = (
     _apply(197, 1.8, 2.5),
     _attention(197),
     _group(197),
@@ -125,17 +168,33 @@ CASES: tuple[Case, ...] = (
     _apply(1025, 1.15, 1.7, factored=FACTORED),
     _group(577),
     _attention(257),
+    Case("attention", (64, 12, 50), _served("dense", ()) | _served("uint8", ()), ATTENTION),
     _pool("avg"),
     _pool("depthwise"),
     _dense_prediction(4, 2305),
     _dense_prediction(1, 4097),
-    Case("apply", (4, 12, 4096), {"factored": FACTORED}, SDPA),
+    Case("apply", (4, 12, 4096), {f"factored {TRITON}": FACTORED}, SDPA),
     _dense_prediction(4, 4097),
     _dense_prediction(1, 2305),
     # Last: the profiler that counts launches may slow down what is launched after it.
     _single("apply", APPLY),
     _single("attention", ATTENTION),
 )
+
+MODELS = (_model("vit_base_patch16_224"), _model("deit_small_patch16_224"))
+
+CASES = (*OPERATIONS, *MODELS)
+
+
+def split(row: str) -> tuple[str, str]:
+    """Form and provider."""
+    form, provider = row.split(" ")
+    return form, provider
+
+
+def is_new(row: str) -> bool:
+    """Whether kernels serve it that may never have run on a device."""
+    return split(row)[1].split("/")[0] == CUDA
 
 
 def named(case: Case, row: str) -> str:
@@ -160,12 +219,14 @@ def select(pattern: str | None, cases: Sequence[Case] = CASES) -> list[Case]:
 
 def counts(case: Case, row: str, itemsize: int = 2) -> tuple[float, float]:
     """FLOPs of matrix products and bytes, the fewest that will do: each input once, each output
-    once, no padding."""
+    once, no padding. Of a network more bytes than any cache has; its FLOPs are among its facts."""
     if case.kind.startswith("pool"):
         batch, side, channels = case.shape
         kept = 1 + ((side - 1) // 2 + 1) ** 2
         parameters = channels * (2 + (9 if case.kind == "pool-depthwise" else 0))
         return 0.0, float(itemsize * (batch * channels * (1 + side**2 + kept) + parameters))
+    if case.kind.startswith("model"):
+        return 0.0, math.inf
     b, h, n = case.shape
     core, rows, full = b * h * n * HEAD_DIM, b * h * n, b * h * n * n
     if case.kind == "group":
@@ -175,14 +236,16 @@ def counts(case: Case, row: str, itemsize: int = 2) -> tuple[float, float]:
     nbytes = map_bytes(case, row, itemsize)
     if case.kind == "attention":
         return 4.0 * full * HEAD_DIM, float(itemsize * 4 * core + nbytes)
-    products = 4.0 if row == "factored" else 2.0
-    inputs = 2 * itemsize * core + 4 * rows if row == "factored" else nbytes
+    factored = split(row)[0] == "factored"
+    products = 4.0 if factored else 2.0
+    inputs = 2 * itemsize * core + 4 * rows if factored else nbytes
     return products * full * HEAD_DIM, float(inputs + 2 * itemsize * core)
 
 
 def map_bytes(case: Case, row: str, itemsize: int = 2) -> int:
     """Of a stored map without its padding: what reading or writing it once moves."""
     b, h, n = case.shape
-    if row == "dense":
+    form, _ = split(row)
+    if form == "dense":
         return b * h * n * n * itemsize
-    return b * h * n * (n + 4) if row in ("uint8", "e4m3") else 0
+    return b * h * n * (n + 4) if form in ("uint8", "e4m3") else 0

@@ -18,19 +18,22 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from psvit_kernels import use
-
 from . import rows
 from .clock import Call, Sampler
+from .contender import Contender, Subject, Work
+from .providers import is_refusal
 from .rows import Case
-from .work import Contender, Subject, Work, build
+from .work import build
 
 SCHEMA = 1
 KIND = "psvit gpu bench"
 FILE = "gpu.json"
 
 NOT_MEASURED, MEASURED = "not measured", "measured"
-WRONG, ERROR = "FAILED correctness", "error"
+WRONG, ERROR, REFUSED = "FAILED correctness", "error", "refused"
+
+#: Of a row of new kernels that ``trial`` has not let through.
+UNTRIED = "not tried in a process of its own: the time for that was over"
 
 #: Rounds of a case: so many at least, more while they fit in the seconds.
 ROUNDS = (50, 200)
@@ -109,7 +112,6 @@ def run(
     clock: Clock,
     *,
     device: str,
-    provider: str,
     deadline: float,
     reserve: float = RESERVE,
     rounds: tuple[int, int] = ROUNDS,
@@ -136,8 +138,7 @@ def run(
         record.update(status="running", began=began)
         store.save()
         try:
-            with use(provider):
-                _attempt(case, clock, device, rounds, record)
+            _attempt(case, clock, device, rounds, record)
         finally:
             del record["began"]
             record["seconds"] = round(time.time() - began, 1)
@@ -160,7 +161,7 @@ def _attempt(
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # or the next shapes meet the limit of recompilations
     gc.collect()
-    _survive("", clock, record)
+    survive("", clock, record)
 
 
 def give_up(record: Record, reason: str, status: str = ERROR) -> None:
@@ -171,8 +172,8 @@ def give_up(record: Record, reason: str, status: str = ERROR) -> None:
             row.update(status=status, reason=reason)
 
 
-def _survive(name: str, clock: Clock, record: Record) -> None:
-    """After an error of a contender: raises if it took the device along."""
+def survive(name: str, clock: Clock, record: Record) -> None:
+    """After an error of a contender: raises DeviceLostError if it took the device along."""
     try:
         clock.release()
         clock.check_health()
@@ -204,10 +205,10 @@ def measure(case: Case, clock: Clock, device: str, rounds: tuple[int, int], reco
         record["sets"] = sets
         work = build(case, sets, device)
         record["contenders"] = {}
-        contenders = _correct_subjects(work, clock, record)
-        if not contenders:
+        subjects = _correct_subjects(work, clock, record)
+        if not subjects:
             return
-        contenders |= _baselines(work, clock, record)
+        contenders = subjects | _baselines(work, clock, record)
         _time(contenders, clock, rounds, record)
         if work.automatic is not None:
             record["automatic"] = _attempted(work.automatic)
@@ -215,37 +216,51 @@ def measure(case: Case, clock: Clock, device: str, rounds: tuple[int, int], reco
             entry = record["contenders"][name]
             if entry["wall"] is not None:
                 _look(contender, clock, case.launches, entry)
-    for name, row in record["rows"].items():
+    for name, subject in subjects.items():
+        row = record["rows"][name]
         if row["status"] == NOT_MEASURED:
             row["flops"], row["bytes"] = counts[name]
             row["map_bytes"] = rows.map_bytes(case, name, itemsize)
+            row |= subject.facts
             row["status"] = MEASURED
 
 
-def _correct_subjects(work: Work, clock: Clock, record: Record) -> dict[str, Contender]:
+def _correct_subjects(work: Work, clock: Clock, record: Record) -> dict[str, Subject]:
     """Those rows whose results are right."""
-    found: dict[str, Contender] = {}
-    for name, make in work.subjects.items():
-        row = record["rows"][name]
+    found = {}
+    for name, row in record["rows"].items():
         if row["status"] != NOT_MEASURED:
-            continue  # it was tried before the device was lost
-        try:
-            subject: Subject = make()
-            largest = subject.check()
-        except AssertionError as miss:
-            row.update(status=WRONG, reason=_words(miss))
-        except Exception as error:
-            row.update(status=ERROR, reason=_words(error))
-            _survive(name, clock, record)
-        else:
-            row["error"] = {"psvit": largest.psvit, "eager": largest.eager}
-            row["stored_map_bytes"] = subject.map_nbytes
+            continue  # it has an outcome, from its trial or from before the device was lost
+        if rows.is_new(name) and not row.get("tried"):
+            row["reason"] = UNTRIED
+            continue
+        subject = right(work, name, row)
+        if subject is not None:
             found[name] = subject
+        elif row["status"] == ERROR:
+            survive(name, clock, record)
     return found
 
 
+def right(work: Work, name: str, row: Record) -> Subject | None:
+    """The subject of a row if its results are right; else the row says why it has no speed."""
+    try:
+        subject = work.subject(name)
+        with subject.pinned():
+            largest = subject.check()
+    except AssertionError as miss:
+        row.update(status=WRONG, reason=_words(miss))
+    except Exception as error:
+        row.update(status=REFUSED if is_refusal(error) else ERROR, reason=_words(error))
+    else:
+        row["error"] = {"psvit": largest.psvit, "eager": largest.eager}
+        row["stored_map_bytes"] = subject.map_nbytes
+        return subject
+    return None
+
+
 def _baselines(work: Work, clock: Clock, record: Record) -> dict[str, Contender]:
-    found = {}
+    found: dict[str, Contender] = {}
     for name, make in work.baselines.items():
         if name in record.get("lost", ()):
             record["contenders"][name] = _entry("took the device along")
@@ -254,7 +269,7 @@ def _baselines(work: Work, clock: Clock, record: Record) -> dict[str, Contender]
             found[name] = make()
         except Exception as error:
             record["contenders"][name] = _entry(_words(error))
-            _survive(name, clock, record)
+            survive(name, clock, record)
     return found
 
 
@@ -300,7 +315,7 @@ def _each(
             record["contenders"][name]["reason"] = f"{mode}: {_words(error)}"
             if name in record["rows"]:
                 record["rows"][name].update(status=ERROR, reason=f"{mode}: {_words(error)}")
-            _survive(name, clock, record)
+            survive(name, clock, record)
     return found
 
 
@@ -332,13 +347,9 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def _ratios(times: Mapping[str, np.ndarray], subjects: Mapping[str, Any]) -> Record:
-    """Time of each baseline over that of each row, in single rounds."""
+    """Time of each other contender over that of each row, in single rounds."""
     return {
-        name: {
-            other: _quantiles(times[other] / times[name])
-            for other in times
-            if other not in subjects
-        }
+        name: {other: _quantiles(times[other] / times[name]) for other in times if other != name}
         for name in times
         if name in subjects
     }

@@ -6,16 +6,16 @@ contenders of a case run on the same sets of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from psvit_kernels import (
     AttentionMap,
@@ -29,45 +29,14 @@ from psvit_kernels import (
     use,
 )
 
-from . import gate
+from . import gate, network
 from .clock import Call
+from .contender import BACKENDS, Contender, Subject, Work, compiled
 from .gate import Oracle
-from .rows import HEAD_DIM, Case
-
-BACKENDS = {
-    "sdpa/flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa/cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa/efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa/math": SDPBackend.MATH,
-}
+from .rows import HEAD_DIM, Case, split
 
 #: Layers that share in a group.
 SHARING = 2
-
-
-@dataclass
-class Contender:
-    """A call for each set of inputs, and what is pinned around them."""
-
-    calls: Sequence[Call]
-    pinned: Callable[[], AbstractContextManager] = nullcontext
-
-
-@dataclass
-class Subject(Contender):
-    """Something of psvit. ``check`` raises AssertionError if it is wrong."""
-
-    check: Callable[[], gate.Error] = gate.Error
-    map_nbytes: int | None = None
-
-
-@dataclass
-class Work:
-    """How to make the rows and the baselines of a case, by name."""
-
-    subjects: Mapping[str, Callable[[], Subject]]
-    baselines: Mapping[str, Callable[[], Contender]]
-    automatic: Callable[[], dict[str, Any]] | None = None
 
 
 def build(case: Case, sets: int, device: str) -> Work:
@@ -76,10 +45,16 @@ def build(case: Case, sets: int, device: str) -> Work:
     dtype = getattr(torch, case.dtype)
     if kind == "pool":
         return _pool_work(case, pooling, dtype, sets, device)
+    if kind == "model":
+        return network.build(case, sets, device)
     b, h, n = case.shape
     qkv = [_fused_qkv(b, h, n, dtype, device) for _ in range(sets)]
     make = {"apply": _apply_work, "attention": _attention_work, "group": _group_work}[kind]
     return make(case, qkv)
+
+
+def _forms(case: Case) -> dict[str, None]:
+    return dict.fromkeys(split(row)[0] for row in case.rows)
 
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -113,11 +88,6 @@ def eager_group(q: Tensor, k: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     return tuple(p @ v for v in values)
 
 
-def compiled(function: Callable) -> Callable:
-    """For the shapes that it meets, as a person who wants speed compiles it."""
-    return torch.compile(function, dynamic=False)
-
-
 def flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -128,7 +98,7 @@ def _fused(name: str) -> tuple[Callable, Callable[[], AbstractContextManager]]:
     """A function of q, k, v that gives the output alone, and what pins it."""
     if name == "flex":
         return flex(), nullcontext
-    return F.scaled_dot_product_attention, partial(sdpa_kernel, BACKENDS[name])
+    return F.scaled_dot_product_attention, partial(sdpa_kernel, BACKENDS[name.split("/")[1]])
 
 
 def _forward_baselines(
@@ -155,12 +125,20 @@ def _apply_work(case: Case, qkv: Sequence[QKV]) -> Work:
         baselines["eager A @ v"] = lambda: Contender(
             [partial(torch.matmul, eager_map(q, k), v) for q, k, v in qkv]
         )
-    subjects = {form: partial(_apply_subject, form, qkv) for form in case.rows}
+
+    @cache
+    def maps(form: str) -> list[AttentionMap]:
+        """The same for all providers."""
+        return [reference_map(q, k, v, form) for q, k, v in qkv]
+
+    def subject(form: str) -> Subject:
+        return _apply_subject(maps(form), qkv)
+
+    subjects = {form: partial(subject, form) for form in _forms(case)}
     return Work(subjects, baselines, partial(_automatic, *qkv[0]))
 
 
-def _apply_subject(form: str, qkv: Sequence[QKV]) -> Subject:
-    maps = [reference_map(q, k, v, form) for q, k, v in qkv]
+def _apply_subject(maps: Sequence[AttentionMap], qkv: Sequence[QKV]) -> Subject:
     calls = [partial(apply_attention, m, v) for m, (_, _, v) in zip(maps, qkv, strict=True)]
     check = partial(_check_apply, maps[0], qkv[0], calls[0])
     return Subject(calls, check=check, map_nbytes=maps[0].nbytes)
@@ -240,7 +218,8 @@ def _form(stored: AttentionMap | None) -> str:
 
 def _attention_work(case: Case, qkv: Sequence[QKV]) -> Work:
     baselines = _forward_baselines(case, qkv, eager_attention_and_map)
-    return Work({form: partial(_attention_subject, form, qkv) for form in case.rows}, baselines)
+    subjects = {form: partial(_attention_subject, form, qkv) for form in _forms(case)}
+    return Work(subjects, baselines)
 
 
 def _attention_subject(form: str, qkv: Sequence[QKV]) -> Subject:
@@ -258,6 +237,8 @@ def _attention_subject(form: str, qkv: Sequence[QKV]) -> Subject:
             exact, p = attention(*(t.double() for t in some), return_map="dense")
         assert p is not None
         out, eager = eager_attention_and_map(*some)
+        if form != "dense":
+            eager = QuantizedMap.from_dense(eager, form).dense()
         magnitudes = _attention_magnitudes(some)  # type: ignore[arg-type]
         return Oracle(
             {"out": exact, "map": p.dense()},
@@ -310,7 +291,7 @@ def _group_work(case: Case, qkv: Sequence[QKV]) -> Work:
         )
         for q, k, v in qkv
     ]
-    subjects = {form: partial(_group_subject, form, groups) for form in case.rows}
+    subjects = {form: partial(_group_subject, form, groups) for form in _forms(case)}
     baselines = {name: partial(_group_baseline, name, groups) for name in case.baselines}
     return Work(subjects, baselines)
 
