@@ -34,9 +34,9 @@ from psvit_kernels.triton import interpreting
 CODES = ["uint8", "e4m3"]
 
 
-@pytest.fixture(params=[name for name in registry.PROVIDERS if name != "cpu"])
+@pytest.fixture(params=[name for name in registry.PROVIDERS if name not in ("cpu", "cuda")])
 def server(request):
-    """The providers that have 8-bit maps."""
+    """The providers that have 8-bit maps, and float32; ``test_cuda_kernels.py`` has the other."""
     with serving(request.param):
         yield request.param
 
