@@ -33,7 +33,7 @@ MAX_TOKENS = 272  # of a row of scores, which attention keeps in registers
 MAX_HEAD_DIM = 128
 MAX_POOL_CHANNELS = 2048
 MAX_POOL_WEIGHTS = 24 * 1024  # of a depthwise convolution and its bias, in shared memory
-HOPPER = "sm_90a"
+SM_80, HOPPER = "sm_80", "sm_90a"
 #: Bytes of shared memory that a block may have on Hopper.
 HOPPER_SHARED = 232_448
 #: What is loaded at once: rows start on multiples of it.
@@ -72,6 +72,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return (9, 0) if _cuda.emulated else torch.cuda.get_device_capability(device)
 
 
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have. CUDA C++ Programming Guide, technical specifications."""
+    major, minor = _capability(device)
+    if (major, minor) in ((8, 0), (8, 7)):
+        return 163 * 1024
+    return HOPPER_SHARED if major in (9, 10, 11) else 99 * 1024
+
+
 @cache
 def family(device: torch.device) -> str:
     """Which kernels serve a device.
@@ -79,7 +87,7 @@ def family(device: torch.device) -> str:
     Raises:
         ValueError: PSVIT_CUDA_KERNELS names kernels that this build or this GPU doesn't have.
     """
-    names = ["sm_80"]
+    names = [SM_80]
     own = _cuda.families["apply"] + _cuda.families["attention"]
     if _capability(device) == (9, 0) and HOPPER in own:
         names.append(HOPPER)
@@ -154,13 +162,19 @@ def _attention_reason(
         return f"scale {scale}, below 0"
     if k.shape[2] > MAX_TOKENS:
         return f"{k.shape[2]} tokens > {MAX_TOKENS}"
-    return (
+    reason = (
         _head_dims(q, v)
         or _too_large(*q.shape[:3])
         or _misaligned("q", q)
         or _misaligned("k", k)
         or _misaligned("v", v)
     )
+    if reason is None and family(q.device) != HOPPER:
+        n, d = k.shape[2], max(q.shape[3], v.shape[3])
+        needed, most = _cuda.attention_shared(SM_80, n, d), _shared_memory(q.device)
+        if needed > most:
+            return f"{n} tokens of head dim {d}: {needed} bytes of shared memory > {most}"
+    return reason
 
 
 def _apply_reason(storage: Tensor, v: Tensor, dropout: float) -> str | None:

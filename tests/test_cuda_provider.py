@@ -301,6 +301,18 @@ def test_kernels_that_are_not_there_are_an_error(monkeypatch, capability, name, 
     )
 
 
+@pytest.mark.parametrize(
+    "capability, most",
+    [((8, 0), None), ((8, 6), 101376), ((8, 9), 101376), ((9, 0), None), ((12, 0), 101376)],
+)
+def test_attention_refuses_what_is_too_wide_for_smaller_gpus(monkeypatch, capability, most):
+    on_gpu(monkeypatch, capability)
+    cuda._cuda.attention_shared = lambda family, tokens, dim: 2 * 208 * dim * 2
+    reason = cuda._attention_reason(*attention_args(197, 128))
+    refused = f"197 tokens of head dim 128: 106496 bytes of shared memory > {most}"
+    assert reason == (refused if most else None)
+
+
 def test_refuses_old_gpus_and_other_devices(monkeypatch):
     args = attention_args()
     on_gpu(monkeypatch, (7, 5))

@@ -293,12 +293,18 @@ void choose(const AttentionArgs& a, Launch where) {
         run<Kind<T, CODE, WIDTH, 128>>(a, where);
 }
 
+int width_for(int tokens) {
+    return tokens <= 64 ? 64 : tokens <= 128 ? 128 : tokens <= 208 ? 208 : SHORT_TOKENS;
+}
+
 template <Half T, Code CODE>
 void choose(const AttentionArgs& a, Launch where) {
-    if (a.tokens <= 64) return choose<T, CODE, 64>(a, where);
-    if (a.tokens <= 128) return choose<T, CODE, 128>(a, where);
-    if (a.tokens <= 208) return choose<T, CODE, 208>(a, where);
-    choose<T, CODE, SHORT_TOKENS>(a, where);
+    switch (width_for(a.tokens)) {
+        case 64: return choose<T, CODE, 64>(a, where);
+        case 128: return choose<T, CODE, 128>(a, where);
+        case 208: return choose<T, CODE, 208>(a, where);
+        default: return choose<T, CODE, SHORT_TOKENS>(a, where);
+    }
 }
 
 template <Half T>
@@ -311,6 +317,10 @@ void choose(const AttentionArgs& a, Launch where) {
 }
 
 }  // namespace
+
+int attention_ampere_shared(int tokens, int dim) {
+    return 2 * width_for(tokens) * (dim <= 64 ? 64 : MAX_DIM) * 2;
+}
 
 void attention_ampere(const AttentionArgs& a, Launch where) {
     if (a.batch == 0 || a.heads == 0 || a.rows == 0) return;

@@ -115,6 +115,8 @@ void token_pool(const PoolArgs&, Launch);
 
 // What a block of apply_hopper needs of shared memory, in bytes; more than `limit`: it can't run.
 int apply_hopper_shared(int tokens, int dim, Code code);
+// Likewise; `dim` is the larger one of q and v.
+int attention_ampere_shared(int tokens, int dim);
 
 struct CudaError : std::runtime_error {
     using std::runtime_error::runtime_error;

@@ -24,6 +24,7 @@ __attribute__((weak)) void apply_ampere(const ApplyArgs&, Launch);
 __attribute__((weak)) void apply_hopper(const ApplyArgs&, Launch);
 __attribute__((weak)) int apply_hopper_shared(int tokens, int dim, Code code);
 __attribute__((weak)) void attention_ampere(const AttentionArgs&, Launch);
+__attribute__((weak)) int attention_ampere_shared(int tokens, int dim);
 __attribute__((weak)) void attention_hopper(const AttentionArgs&, Launch);
 __attribute__((weak)) void sharing_hopper(const SharingArgs&, Launch);
 __attribute__((weak)) void token_pool(const PoolArgs&, Launch);
@@ -85,6 +86,11 @@ void apply(const std::string& family, Place place, bool is_bfloat16, const std::
 int apply_shared(const std::string& family, int tokens, int dim, const std::string& code) {
     auto bytes = of_family(family, "apply", decltype(&apply_hopper_shared){}, apply_hopper_shared);
     return bytes(tokens, dim, code_named(code));
+}
+
+int attention_shared(const std::string& family, int tokens, int dim) {
+    auto none = decltype(&attention_ampere_shared){};
+    return of_family(family, "attention", attention_ampere_shared, none)(tokens, dim);
 }
 
 void attention(const std::string& family, Place place, bool is_bfloat16, const std::string& code,
@@ -176,6 +182,7 @@ PYBIND11_MODULE(PSVIT_CUDA_MODULE, m) {
     m.def("apply", &apply);
     m.def("apply_shared", &apply_shared, "Bytes of shared memory that a block of `apply` needs.");
     m.def("attention", &attention);
+    m.def("attention_shared", &attention_shared, "The same of `attention`.");
     m.def("sharing", &sharing);
     m.def("token_pool", &pool);
     m.attr("families") = families();
