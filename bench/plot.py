@@ -155,7 +155,7 @@ def _roofs(axes: Axes, lines: Sequence[Line], intensities: Sequence[float]) -> N
 
 
 def speedups(lines: Sequence[Line]) -> Figure:
-    """Over the fastest of SDPA; where there is none, over the unconverted network, or eager code."""
+    """Over the fastest of SDPA, else over the unconverted network, else over eager code."""
     rows = [(line, ratio) for line in lines if line.measured and (ratio := _ratio(line))]
     figure, axes = plt.subplots(figsize=(8, 1.6 + 0.24 * len(rows)), layout="constrained")
     values = [ratio["median"] for _, ratio in rows]

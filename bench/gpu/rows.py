@@ -28,7 +28,7 @@ class Bar:
         what: "speed-up" over the fastest baseline of the family ``over``; "copy", the share of the
             measured copy bandwidth; "map", the time of the fastest of ``over`` plus writing the map
             once at copy bandwidth, over the row's own time; "launches", those of the fastest of
-            ``over`` over the row's own; "dense", the time of the same provider's dense map over the
+            ``over`` over the row's own; "dense", the time of the same provider's row "dense" over the
             row's own; "flops", the speed-up divided by what the FLOPs of ``over`` are to the row's.
         least: the value to reach.
         over: a family of baselines: what their names start with, up to a "/".
@@ -46,7 +46,7 @@ class Bar:
             "copy": f"{100 * self.least:.0f} % of copy",
             "map": f"{self.over} + writing the map",
             "launches": f"launches of {self.over}",
-            "dense": f"{self.least:.3g}x its dense map",
+            "dense": f"{self.least:.3g}x dense",
             "flops": f"{self.least:.3g}x the FLOPs of {self.over}",
         }[self.what]
         return f"moonshot: {text}" if self.moonshot else text
@@ -57,11 +57,11 @@ class Case:
     """One set of inputs.
 
     Args:
-        kind: "apply", "attention" and "group", shape (B, H, N); a kind of "pool-", shape
+        kind: "apply", "attention", "group" and "sharing", shape (B, H, N); a kind of "pool-", shape
             (B, side, C): a square grid and one prefix token; or a network of timm after "model-",
             shape (B, side, side): images.
-        rows: bars by row: the form of the map (for pools "fused", for networks the schedule), a
-            space, and the provider.
+        rows: bars by row: the form of the map ("fused" for pools, and for a sharing layer as one
+            kernel; for networks the schedule), a space, and the provider.
         baselines: names; a family and, after a "/", which of it.
         launches: whether to count what is launched on the device.
     """
@@ -133,6 +133,12 @@ def _group(n: int) -> Case:
     return Case("group", (64, 12, n), rows, ATTENTION)
 
 
+def _sharing(heads: int) -> Case:
+    """Three launches, of each provider, and one kernel that goes unless it is faster."""
+    rows = _served("dense", ()) | {f"fused {HOPPER}": (Bar("dense", 1.0),)}
+    return Case("sharing", (64, heads, 197), rows, ("eager", "compile"))
+
+
 def _pool(kind: str) -> Case:
     bars = (Bar("copy", 0.85), Bar("speed-up", 1.5, "eager"), Bar("speed-up", 1.0, "compile"))
     rows = {f"fused {provider}": bars for provider in (TRITON, CUDA)}
@@ -153,7 +159,9 @@ SCHEDULES = ("AASSASSSASSS", "AASA|ASAS|ASSS")
 def _model(name: str) -> Case:
     """A whole network, compiled, beside the unconverted one."""
     bars = (Bar("flops", 0.97, "unconverted"), Bar("flops", 1.0, "unconverted", moonshot=True))
-    rows = {f"{text} {provider}": bars for text in SCHEDULES for provider in (TRITON, HOPPER)}
+    rows: Rows = {}
+    for schedule in SCHEDULES:
+        rows |= _served(schedule, bars, bars)
     return Case(f"model-{name}", (256, 224, 224), rows, UNCONVERTED)
 
 
@@ -169,6 +177,8 @@ OPERATIONS: tuple[Case, ...] = (
     _group(577),
     _attention(257),
     Case("attention", (64, 12, 50), _served("dense", ()) | _served("uint8", ()), ATTENTION),
+    _sharing(6),
+    _sharing(12),
     _pool("avg"),
     _pool("depthwise"),
     _dense_prediction(4, 2305),
@@ -233,6 +243,10 @@ def counts(case: Case, row: str, itemsize: int = 2) -> tuple[float, float]:
         # Q K^T, dQ and dK once; P V, P^T dO and dO V^T in each layer. Inputs: q, k and three v;
         # their gradients; outputs and the gradients of those.
         return 2.0 * full * HEAD_DIM * (3 + 3 * 3), float(itemsize * core * (2 * 5 + 2 * 3))
+    if case.kind == "sharing":  # x, W, the map and the output
+        width = h * HEAD_DIM
+        moved = 2 * core + width**2 + full
+        return 2.0 * core * width + 2.0 * full * HEAD_DIM, float(itemsize * moved)
     nbytes = map_bytes(case, row, itemsize)
     if case.kind == "attention":
         return 4.0 * full * HEAD_DIM, float(itemsize * 4 * core + nbytes)

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psvit_kernels import AttentionMap, apply_attention, attention, token_pool, use
+from psvit_kernels import AttentionMap, DenseMap, apply_attention, attention, token_pool, use
 
 from . import machine
 from .providers import serving
 from .rows import AMPERE, CUDA, HOPPER, split
+from .sharing_layer import Projection, fold, sharing_layer
 
 FILE = "sanitizer.json"
 TOOLS = ("memcheck", "racecheck")
@@ -40,6 +41,7 @@ KERNELS = (
         )
         for form in forms
     ),
+    f"sharing-fused {HOPPER}",
     *(f"pool-{kind} {CUDA}" for kind in ("max", "avg", "stride", "depthwise")),
 )
 
@@ -66,6 +68,8 @@ def small(kernel: str, device: str) -> Callable[[], object]:
     op, form = form.split("-")
     if op == "pool":
         return _pool(form, device)
+    if op == "sharing":
+        return _sharing(device)
     fused = torch.randn(2, 197, 3, 3, 64).to(torch.bfloat16)
     q, k, v = fused.to(device).permute(2, 0, 3, 1, 4)
     if op == "attention":
@@ -75,6 +79,14 @@ def small(kernel: str, device: str) -> Callable[[], object]:
     assert stored is not None
     stored = _moved(stored, device)
     return lambda: apply_attention(stored, v)
+
+
+def _sharing(device: str) -> Callable[[], object]:
+    folded = fold(torch.nn.LayerNorm(192), torch.nn.Linear(192, 192).to(torch.bfloat16))
+    projection = Projection(*(t.to(device) for t in folded))
+    stored = DenseMap.from_dense(torch.randn(2, 3, 197, 197).softmax(-1).to(torch.bfloat16))
+    x, moved = torch.randn(2, 197, 192).to(device, torch.bfloat16), _moved(stored, device)
+    return lambda: sharing_layer(x, 1e-6, projection, moved)  # type: ignore[arg-type]
 
 
 def _moved(stored: AttentionMap, device: str) -> AttentionMap:

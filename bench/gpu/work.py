@@ -29,7 +29,7 @@ from psvit_kernels import (
     use,
 )
 
-from . import gate, network
+from . import gate, layer, network
 from .clock import Call
 from .contender import BACKENDS, Contender, Subject, Work, compiled
 from .gate import Oracle
@@ -47,6 +47,8 @@ def build(case: Case, sets: int, device: str) -> Work:
         return _pool_work(case, pooling, dtype, sets, device)
     if kind == "model":
         return network.build(case, sets, device)
+    if kind == "sharing":
+        return layer.build(case, sets, device)
     b, h, n = case.shape
     qkv = [_fused_qkv(b, h, n, dtype, device) for _ in range(sets)]
     make = {"apply": _apply_work, "attention": _attention_work, "group": _group_work}[kind]
