@@ -849,6 +849,24 @@ def test_exit_code(monkeypatch, tmp_path, status, code):
     assert command.main(["--out", str(tmp_path), "--cases", "pool"]) == code
 
 
+@pytest.mark.parametrize(("cases", "processes"), [("pool", ["trial", "work"]), ("group", ["work"])])
+def test_new_kernels_are_tried_before_anything_is_measured(monkeypatch, tmp_path, cases, processes):
+    """Each process as the command starts it, but in this one."""
+    began = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report, "show", lambda data, console: None)
+    monkeypatch.setattr(command, "try_out", lambda store, cases: began.append("trial") or 0)
+    monkeypatch.setattr(command, "work", lambda store, cases, over: began.append("work") or 0)
+
+    def start(words: list[str], cwd: Path) -> Ended:
+        assert words[:3] == [sys.executable, "-m", "bench.gpu"] and cwd == ROOT
+        return Ended(command.main(words[3:]))
+
+    monkeypatch.setattr(command.subprocess, "Popen", start)
+    assert command.main(["--out", str(tmp_path), "--cases", cases]) == 0
+    assert began == processes
+
+
 def test_the_machine_is_described(monkeypatch):
     from bench.gpu import machine
 

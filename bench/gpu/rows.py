@@ -28,8 +28,8 @@ class Bar:
         what: "speed-up" over the fastest baseline of the family ``over``; "copy", the share of the
             measured copy bandwidth; "map", the time of the fastest of ``over`` plus writing the map
             once at copy bandwidth, over the row's own time; "launches", those of the fastest of
-            ``over`` over the row's own; "dense", the time of the same provider's row "dense" over the
-            row's own; "flops", the speed-up divided by what the FLOPs of ``over`` are to the row's.
+            ``over`` over the row's own; "dense", the speed-up over the same provider's row "dense";
+            "flops", that over ``over``, divided by the FLOPs of ``over`` over the row's.
         least: the value to reach.
         over: a family of baselines: what their names start with, up to a "/".
         moonshot: wished for, not required.
