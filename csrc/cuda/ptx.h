@@ -138,17 +138,6 @@ PSVIT_DEVICE u32 fma2(u32 a, u32 b, u32 c) {
     return d;
 }
 
-// Two floats as e4m3, in the low 16 bits; `low` in the low byte. Compute capability 8.9 and up.
-PSVIT_DEVICE u32 pack_e4m3(float low, float high) {
-#if __CUDA_ARCH__ >= 890
-    uint16_t packed;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
-    return packed;
-#else
-    return 0;  // `supports` refuses the code on older GPUs
-#endif
-}
-
 // --- shared memory ----------------------------------------------------------------------------
 
 PSVIT_DEVICE u32 shared_address(const void* pointer) {

@@ -48,6 +48,7 @@ struct Tma {
     uint32_t to, barrier;
     TensorMap map;
     int place[4];
+    bool late;  // done only when nothing else can be
 };
 
 struct WarpgroupProduct {
@@ -60,7 +61,8 @@ struct Block {
     std::vector<unsigned char> memory;
     unsigned char* shared = nullptr;
     size_t shared_bytes = 0;
-    std::vector<Fiber*> ready;
+    std::vector<Fiber*> ready, slow;         // those that can run; `slow` when no other can
+    unsigned first_slow = 0, last_slow = 0;  // warps
     int done = 0;
     std::map<std::pair<int, int>, Meeting> meetings;  // by scope and number
     std::map<uint32_t, Mbarrier> barriers;
@@ -91,8 +93,14 @@ void suspend() {
     if (!_setjmp(current->resume)) _longjmp(scheduler, 1);
 }
 
+void wake(Fiber* fiber) {
+    const unsigned warp = fiber->thread / WARP;
+    const bool slow = block.first_slow <= warp && warp < block.last_slow;
+    (slow ? block.slow : block.ready).push_back(fiber);
+}
+
 void wake(std::vector<Fiber*>& waiting) {
-    block.ready.insert(block.ready.end(), waiting.begin(), waiting.end());
+    for (Fiber* fiber : waiting) wake(fiber);
     waiting.clear();
 }
 
@@ -116,7 +124,7 @@ void start_fibers(int threads) {
         getcontext(&f.start);
         f.start.uc_stack = {f.stack.get(), 0, STACK};
         makecontext(&f.start, fiber_main, 0);
-        block.ready.push_back(&f);
+        wake(&f);
     }
 }
 
@@ -163,11 +171,36 @@ void perform(const Tma& copy) {
     complete_barrier(b);
 }
 
+bool all_wait() { return block.ready.empty() && block.slow.empty(); }
+
 void perform_some_copy() {
     const uint32_t chosen = random_below(uint32_t(block.copies.size()));
     const Tma copy = block.copies[chosen];
+    if (copy.late && !all_wait()) return;
     block.copies.erase(block.copies.begin() + chosen);
     perform(copy);
+}
+
+// A warpgroup, or any warps that follow each other, or none.
+void choose_slow_warps() {
+    const unsigned warps = blockDim.x / WARP, of_group = WARPGROUP / WARP;
+    const bool group = random_below(2) && warps > of_group;
+    block.first_slow = group ? random_below(warps / of_group) * of_group : random_below(warps);
+    block.last_slow = block.first_slow + (group ? of_group : random_below(warps));
+    std::vector<Fiber*> all;
+    all.swap(block.ready);
+    all.insert(all.end(), block.slow.begin(), block.slow.end());
+    block.slow.clear();
+    wake(all);
+}
+
+Fiber* some_ready_fiber() {
+    if (random_below(8192) == 0) choose_slow_warps();
+    std::vector<Fiber*>& from = block.ready.empty() ? block.slow : block.ready;
+    std::swap(from[random_below(uint32_t(from.size()))], from.back());
+    Fiber* fiber = from.back();
+    from.pop_back();
+    return fiber;
 }
 
 // Resumes fibers, which come back here, until all are done.
@@ -175,19 +208,16 @@ void run_block() {
     if (_setjmp(scheduler) == 2) return;  // a fiber failed; 1: one waits, or is done
     const int threads = int(blockDim.x);
     if (block.done == threads) return;
-    if (!block.copies.empty() && (block.ready.empty() || random_below(8) == 0)) {
+    if (!block.copies.empty() && (all_wait() || random_below(8) == 0)) {
         current = nullptr;
         perform_some_copy();
         if (!trouble.empty()) return;
     }
-    if (block.ready.empty()) {
+    if (all_wait()) {
         if (block.copies.empty()) trouble = "deadlock: every thread waits";
         return;
     }
-    const uint32_t chosen = random_below(uint32_t(block.ready.size()));
-    std::swap(block.ready[chosen], block.ready.back());
-    current = block.ready.back();
-    block.ready.pop_back();
+    current = some_ready_fiber();
     threadIdx = {current->thread};
     if (current->started) _longjmp(current->resume, 1);
     current->started = true;
@@ -295,6 +325,7 @@ std::string run(int blocks, int threads, int shared, const std::function<void()>
         const uintptr_t start = reinterpret_cast<uintptr_t>(block.memory.data());
         block.shared = block.memory.data() + (1024 - start % 1024);
         block.shared_bytes = shared;
+        choose_slow_warps();
         start_fibers(threads);
         while (block.done < threads && trouble.empty()) run_block();
         if (trouble.empty() && !block.copies.empty()) trouble = "a copy outlives its block";
@@ -408,7 +439,8 @@ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, const int* place) {
     if (to % 1024) fail("a box that doesn't start at a multiple of 1024 bytes");
     barrier_at(barrier);
-    block.copies.push_back({to, barrier, map, {place[0], place[1], place[2], place[3]}});
+    block.copies.push_back({to, barrier, map, {place[0], place[1], place[2], place[3]},
+                            random_below(2) == 0});
 }
 
 // --- tensor cores -----------------------------------------------------------------------------
@@ -527,15 +559,6 @@ uint16_t narrow(float value, bool bfloat16) {
     // In units of the last place, rounded to the nearest even by the current rounding mode.
     const int units = int(std::nearbyint(std::ldexp(x, 10 - exponent)));
     return sign | uint16_t(((exponent + 14) << 10) + units);
-}
-
-uint8_t narrow_e4m3(float value) {
-    const uint8_t sign = uint8_t(bits(value) >> 24 & 0x80);
-    if (std::isnan(value)) return 0x7F;
-    const float x = std::min(std::fabs(value), 448.0f);
-    const int exponent = std::max(-6, x > 0 ? std::ilogb(x) : -6);
-    const int units = int(std::nearbyint(std::ldexp(x, 3 - exponent)));
-    return sign | uint8_t(((exponent + 6) << 3) + units);
 }
 
 }  // namespace emulator

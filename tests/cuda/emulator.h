@@ -92,7 +92,6 @@ void wgmma_wait(int pending);
 // Halves as floats, and rounded to the nearest even.
 float widen(uint16_t half, bool bfloat16);
 uint16_t narrow(float value, bool bfloat16);
-uint8_t narrow_e4m3(float value);
 
 // c (16, 8) += a (16, 16) b (16, 8), of one warp.
 struct Mma {
@@ -211,10 +210,6 @@ template <Half T>
 u32 maximum2(u32 a, u32 b) {
     const float2 x = unpack<T>(a), y = unpack<T>(b);
     return pack<T>(maximum(x.x, y.x), maximum(x.y, y.y));
-}
-
-inline u32 pack_e4m3(float low, float high) {
-    return u32(emulator::narrow_e4m3(high)) << 8 | emulator::narrow_e4m3(low);
 }
 
 inline u32 shared_address(const void* pointer) {
