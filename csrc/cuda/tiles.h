@@ -1,5 +1,5 @@
 // Where things are: in shared memory, in the fragments of the tensor cores, in a grid. Arithmetic
-// alone; tests/cuda/test_tiles.cpp goes through it on the host.
+// alone; tests/cuda/host/tiles.cpp goes through it.
 #pragma once
 #include <cstdint>
 
