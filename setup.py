@@ -50,7 +50,7 @@ ISA_X86 = {
 #: Every GPU from compute capability 8.0 on, those after 9.0 by its PTX; and Hopper's own kernels.
 DEFAULT_ARCHS = "80,90a"
 OLDEST_ARCH = 80
-OLDEST_NVCC = (12, 0)  # the first that knows sm_90a
+OLDEST_NVCC = (12, 5)  # the first with cudaGetDriverEntryPointByVersion
 NVCC_FLAGS = shlex.split(
     "-O3 -std=c++17 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-g0 -Xptxas=-v"
 )
