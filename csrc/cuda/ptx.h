@@ -97,8 +97,6 @@ PSVIT_DEVICE u32 maximum2(u32 a, u32 b) {
 }
 
 PSVIT_DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
-PSVIT_DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
-PSVIT_DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
 
 // Two floats rounded to halves; `low` in the low 16 bits.
 template <Half T>
@@ -237,10 +235,6 @@ PSVIT_DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
-// Starts fetching the description of a tensor, which the first copy would wait for.
-PSVIT_DEVICE void tma_prefetch(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 // One box of a tensor at (c0, c1, c2, c3), innermost first, zeros where it lies outside.
 PSVIT_DEVICE void tma_load(u32 to, const TensorMap& map, u32 barrier, int c0, int c1, int c2,
                            int c3) {

@@ -179,17 +179,6 @@ inline u32 byte_permute(u32 a, u32 b, u32 selector) {
         result |= u32(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
     return result;
 }
-inline u32 bits_of(float x) {
-    u32 bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
-}
-inline float float_of(u32 bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
 template <Half T>
 u32 pack(float low, float high) {
     constexpr bool b = T == Half::bfloat16;
@@ -256,7 +245,6 @@ inline void mbarrier_arrive(u32 barrier) { emulator::mbarrier_arrive(barrier, 0)
 inline void mbarrier_arrive_expect(u32 barrier, int bytes) {
     emulator::mbarrier_arrive(barrier, bytes);
 }
-inline void tma_prefetch(const TensorMap&) {}
 inline void tma_load(u32 to, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3) {
     const int place[4] = {c0, c1, c2, c3};
     emulator::tma_load(to, map, barrier, place);
