@@ -51,9 +51,18 @@ struct Tma {
     bool late;  // done only when nothing else can be
 };
 
-struct WarpgroupProduct {
-    std::vector<Product> threads;
-    std::vector<std::array<uint32_t, 4>> a;
+// One warp's part of a product of its warpgroup: 16 of the 64 rows.
+struct WarpProduct {
+    Product product;  // of the first lane; all agree but for registers
+    int warp;
+    std::array<float*, WARP> d;
+    std::array<std::array<uint32_t, 4>, WARP> a;
+};
+
+// Of one warp. Nothing but barriers keeps the warps of a warpgroup together.
+struct Products {
+    size_t issued = 0;
+    std::deque<std::vector<WarpProduct>> groups{1};  // the last is not committed
 };
 
 // One block under way; `fibers` and the generator outlive it.
@@ -67,7 +76,8 @@ struct Block {
     std::map<std::pair<int, int>, Meeting> meetings;  // by scope and number
     std::map<uint32_t, Mbarrier> barriers;
     std::vector<Tma> copies;
-    std::map<int, std::deque<std::vector<WarpgroupProduct>>> products;  // the last is not committed
+    std::map<int, Products> products;             // by warp
+    std::map<int, std::vector<Product>> expected;  // by warpgroup: what each of its warps issues
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -225,15 +235,11 @@ void run_block() {
 }
 
 int number_of(Scope scope) {
-    return scope == Scope::warp        ? int(current->thread) / WARP
-           : scope == Scope::warpgroup ? int(current->thread) / WARPGROUP
-                                       : 0;
+    return scope == Scope::warp ? int(current->thread) / WARP : 0;
 }
 
 int members(Scope scope) {
-    return scope == Scope::warp        ? WARP
-           : scope == Scope::warpgroup ? WARPGROUP
-                                       : int(blockDim.x);
+    return scope == Scope::warp ? WARP : int(blockDim.x);
 }
 
 // Of a matrix in shared memory; those without the swizzle of 128 bytes are unknown here.
@@ -248,16 +254,16 @@ struct Descriptor {
     }
 };
 
-float a_element(const WarpgroupProduct& p, int row, int k) {
-    const Product& first = p.threads[0];
-    if (first.a_registers) {
-        const int thread = row / 16 * WARP + row % 8 * 4 + k % 8 / 2;
-        const uint32_t pair = p.a[thread][(row % 16 >= 8) + 2 * (k >= 8)];
-        return widen(uint16_t(pair >> 16 * (k % 2)), first.bfloat16);
+float a_element(const WarpProduct& p, int row, int k) {
+    const Product& product = p.product;
+    if (product.a_registers) {
+        const uint32_t pair = p.a[row % 8 * 4 + k % 8 / 2][(row >= 8) + 2 * (k >= 8)];
+        return widen(uint16_t(pair >> 16 * (k % 2)), product.bfloat16);
     }
-    const Descriptor d(first.a);
-    const uint32_t address = d.start + row / 8 * d.stride + row % 8 * 128 + k * 2;
-    return widen(*static_cast<uint16_t*>(at(swizzled(address), 2)), first.bfloat16);
+    const Descriptor d(product.a);
+    const int row_of_64 = p.warp * WARP / 2 % 64 + row;
+    const uint32_t address = d.start + row_of_64 / 8 * d.stride + row_of_64 % 8 * 128 + k * 2;
+    return widen(*static_cast<uint16_t*>(at(swizzled(address), 2)), product.bfloat16);
 }
 
 float b_element(const Product& p, int k, int column) {
@@ -269,37 +275,52 @@ float b_element(const Product& p, int k, int column) {
     return widen(*static_cast<uint16_t*>(at(swizzled(address), 2)), p.bfloat16);
 }
 
-void perform(const WarpgroupProduct& p) {
-    const Product& first = p.threads[0];
-    const int n = first.columns;
-    std::vector<float> a(64 * 16), b(16 * n), c(64 * n);
-    for (int i = 0; i < 64; ++i)
+void perform(const WarpProduct& p) {
+    const int n = p.product.columns;
+    std::vector<float> a(16 * 16), b(16 * n), c(16 * n);
+    for (int i = 0; i < 16; ++i)
         for (int k = 0; k < 16; ++k) a[i * 16 + k] = a_element(p, i, k);
     for (int k = 0; k < 16; ++k)
-        for (int j = 0; j < n; ++j) b[k * n + j] = b_element(first, k, j);
-    for (int i = 0; i < 64; ++i)
+        for (int j = 0; j < n; ++j) b[k * n + j] = b_element(p.product, k, j);
+    for (int i = 0; i < 16; ++i)
         for (int k = 0; k < 16; ++k)
             for (int j = 0; j < n; ++j) c[i * n + j] += a[i * 16 + k] * b[k * n + j];
-    for (int t = 0; t < WARPGROUP; ++t)
+    for (int l = 0; l < WARP; ++l)
         for (int r = 0; r < n / 2; ++r) {
-            const int row = t / WARP * 16 + t % WARP / 4 + r % 4 / 2 * 8;
-            const int column = r / 4 * 8 + t % 4 * 2 + r % 2;
-            float& d = p.threads[t].d[r];
-            d = (first.add ? d : 0.0f) + c[row * n + column];
+            const int row = l / 4 + r % 4 / 2 * 8, column = r / 4 * 8 + l % 4 * 2 + r % 2;
+            float& d = p.d[l][r];
+            d = (p.product.add ? d : 0.0f) + c[row * n + column];
         }
 }
 
-void perform_products(std::deque<std::vector<WarpgroupProduct>>& groups, size_t left) {
-    while (groups.size() > left) {
-        for (const WarpgroupProduct& p : groups.front()) perform(p);
-        groups.pop_front();
+void perform_products(Products& products, size_t left) {
+    while (products.groups.size() > left) {
+        for (const WarpProduct& p : products.groups.front()) perform(p);
+        products.groups.pop_front();
     }
 }
 
-std::deque<std::vector<WarpgroupProduct>>& products_of(int warpgroup) {
-    auto& groups = block.products[warpgroup];
-    if (groups.empty()) groups.emplace_back();
-    return groups;
+Products& products_of_warp() { return block.products[int(threadIdx.x) / WARP]; }
+
+bool same(const Product& p, const Product& q) {
+    return p.columns == q.columns && p.add == q.add && p.transposed == q.transposed &&
+           p.bfloat16 == q.bfloat16 && !p.a_registers == !q.a_registers && p.a == q.a && p.b == q.b;
+}
+
+// Every warp of a warpgroup takes part in every one of its products.
+void expect_same_product(const Product& product) {
+    auto& expected = block.expected[int(threadIdx.x) / WARPGROUP];
+    const size_t number = products_of_warp().issued++;
+    if (number == expected.size()) expected.push_back(product);
+    if (!same(expected[number], product)) fail("warps of a warpgroup at different products");
+}
+
+std::string left_undone(int threads) {
+    if (!block.copies.empty()) return "a copy outlives its block";
+    for (int warp = 0; warp < threads / WARP; ++warp)
+        if (block.products[warp].issued != block.expected[warp * WARP / WARPGROUP].size())
+            return "a product without one of the warps";
+    return "";
 }
 
 }  // namespace
@@ -328,7 +349,7 @@ std::string run(int blocks, int threads, int shared, const std::function<void()>
         choose_slow_warps();
         start_fibers(threads);
         while (block.done < threads && trouble.empty()) run_block();
-        if (trouble.empty() && !block.copies.empty()) trouble = "a copy outlives its block";
+        if (trouble.empty()) trouble = left_undone(threads);
     }
     return trouble;
 }
@@ -447,37 +468,33 @@ void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, const int* pl
 
 void wgmma(const Product& product) {
     Product mine = product;
-    rendezvous(Scope::warpgroup, &mine, [](void** threads) {
-        WarpgroupProduct p;
-        for (int t = 0; t < WARPGROUP; ++t) {
-            const Product& one = *static_cast<Product*>(threads[t]);
-            p.threads.push_back(one);
-            p.a.push_back({});
-            if (one.a_registers) std::copy_n(one.a_registers, 4, p.a.back().begin());
-            const Product& first = p.threads[0];
-            if (one.a != first.a || one.b != first.b || one.add != first.add)
-                fail("descriptors differ between the threads of a warpgroup");
+    rendezvous(Scope::warp, &mine, [](void** lanes) {
+        WarpProduct p{*static_cast<Product*>(lanes[0]), int(threadIdx.x) / WARP, {}, {}};
+        for (int l = 0; l < WARP; ++l) {
+            const Product& one = *static_cast<Product*>(lanes[l]);
+            if (!same(one, p.product)) fail("lanes of a warp at different products");
+            p.d[l] = one.d;
+            if (one.a_registers) std::copy_n(one.a_registers, 4, p.a[l].begin());
         }
-        auto& groups = products_of(int(threadIdx.x) / WARPGROUP);
-        groups.back().push_back(p);
+        expect_same_product(p.product);
+        Products& products = products_of_warp();
+        products.groups.back().push_back(p);
         if (random_below(2)) {  // as early as can be, in order
-            perform_products(groups, 1);
-            for (const WarpgroupProduct& open : groups.back()) perform(open);
-            groups.back().clear();
+            perform_products(products, 1);
+            for (const WarpProduct& open : products.groups.back()) perform(open);
+            products.groups.back().clear();
         }
     });
 }
 
 void wgmma_commit() {
-    rendezvous(Scope::warpgroup, nullptr, [](void**) {
-        products_of(int(threadIdx.x) / WARPGROUP).emplace_back();
-    });
+    rendezvous(Scope::warp, nullptr, [](void**) { products_of_warp().groups.emplace_back(); });
 }
 
 void wgmma_wait(int pending) {
     int left = pending + 1;
-    rendezvous(Scope::warpgroup, &left, [](void** threads) {
-        perform_products(products_of(int(threadIdx.x) / WARPGROUP), *static_cast<int*>(threads[0]));
+    rendezvous(Scope::warp, &left, [](void** lanes) {
+        perform_products(products_of_warp(), *static_cast<int*>(lanes[0]));
     });
 }
 

@@ -52,9 +52,9 @@ unsigned char* shared_memory();
 // Host address of `bytes` of shared memory, aligned to their number (at most 16).
 void* at(uint32_t address, int bytes);
 
-// Waits until `members` threads (of this warp; of this warpgroup; of the block) are here; the last
-// one runs `together` on all their arguments, in the order of the threads.
-enum class Scope { warp, warpgroup, block };
+// Waits until all threads (of this warp; of the block) are here; the last one runs `together` on
+// all their arguments, in the order of the threads.
+enum class Scope { warp, block };
 void rendezvous(Scope scope, void* argument, void (*together)(void** arguments));
 // The first `threads` threads of the block wait for each other.
 void barrier_sync(int barrier, int threads);
@@ -77,7 +77,8 @@ void mbarrier_arrive(uint32_t barrier, int bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
 void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, const int* place);
 
-// A product of the warpgroup: accumulators of this thread, A in registers or a descriptor.
+// A product of the warpgroup, of which each warp makes its rows when it comes there: accumulators of
+// this thread, A in registers or a descriptor.
 struct Product {
     float* d;
     int columns;
