@@ -30,6 +30,7 @@ struct Fiber {
     ucontext_t start;
     jmp_buf resume;
     std::deque<std::vector<CopyAsync>> copies;  // the last group is not committed yet
+    std::vector<uint32_t> unfenced;             // words of shared memory
 };
 
 struct Meeting {
@@ -37,6 +38,9 @@ struct Meeting {
     std::vector<Fiber*> waiting;
     void (*together)(void**) = nullptr;
 };
+
+// What stands in shared memory where a barrier is.
+constexpr uint64_t BARRIER = 0x7FFE7FFE7FFE7FFEu;
 
 struct Mbarrier {
     int arrivals, pending, bytes = 0;
@@ -70,6 +74,7 @@ struct Block {
     std::vector<unsigned char> memory;
     unsigned char* shared = nullptr;
     size_t shared_bytes = 0;
+    std::vector<bool> unfenced;              // words that a thread wrote without a proxy fence
     std::vector<Fiber*> ready, slow;         // those that can run; `slow` when no other can
     unsigned first_slow = 0, last_slow = 0;  // warps
     int done = 0;
@@ -114,8 +119,17 @@ void wake(std::vector<Fiber*>& waiting) {
     waiting.clear();
 }
 
+// Perhaps, and before what follows.
+void let_others_run() {
+    if (random_below(2)) return;
+    wake(current);
+    suspend();
+}
+
 void fiber_main() {
     (*kernel)();
+    for (const auto& group : current->copies)
+        if (!group.empty()) fail("a copy outlives its thread");
     current->done = true;
     ++block.done;
     _longjmp(scheduler, 1);
@@ -131,6 +145,7 @@ void start_fibers(int threads) {
         f.thread = t;
         f.started = f.done = false;
         f.copies.assign(1, {});
+        f.unfenced.clear();
         getcontext(&f.start);
         f.start.uc_stack = {f.stack.get(), 0, STACK};
         makecontext(&f.start, fiber_main, 0);
@@ -151,6 +166,7 @@ void complete_barrier(Mbarrier& b) {
 Mbarrier& barrier_at(uint32_t address) {
     auto found = block.barriers.find(address);
     if (found == block.barriers.end()) fail("a barrier that was not initialised");
+    if (std::memcmp(at(address, 8), &BARRIER, 8)) fail("a barrier that was written over");
     return found->second;
 }
 
@@ -218,7 +234,8 @@ void run_block() {
     if (_setjmp(scheduler) == 2) return;  // a fiber failed; 1: one waits, or is done
     const int threads = int(blockDim.x);
     if (block.done == threads) return;
-    if (!block.copies.empty() && (all_wait() || random_below(8) == 0)) {
+    // Slow threads are slower than most copies.
+    if (!block.copies.empty() && (all_wait() || random_below(block.ready.empty() ? 2 : 8) == 0)) {
         current = nullptr;
         perform_some_copy();
         if (!trouble.empty()) return;
@@ -254,6 +271,13 @@ struct Descriptor {
     }
 };
 
+float operand(uint32_t address, bool bfloat16) {
+    const uint32_t place = swizzled(address);
+    const void* half = at(place, 2);
+    if (block.unfenced[place / 4]) fail("wgmma of what was written without a proxy fence");
+    return widen(*static_cast<const uint16_t*>(half), bfloat16);
+}
+
 float a_element(const WarpProduct& p, int row, int k) {
     const Product& product = p.product;
     if (product.a_registers) {
@@ -263,7 +287,7 @@ float a_element(const WarpProduct& p, int row, int k) {
     const Descriptor d(product.a);
     const int row_of_64 = p.warp * WARP / 2 % 64 + row;
     const uint32_t address = d.start + row_of_64 / 8 * d.stride + row_of_64 % 8 * 128 + k * 2;
-    return widen(*static_cast<uint16_t*>(at(swizzled(address), 2)), product.bfloat16);
+    return operand(address, product.bfloat16);
 }
 
 float b_element(const Product& p, int k, int column) {
@@ -272,7 +296,7 @@ float b_element(const Product& p, int k, int column) {
         d.start + (p.transposed ? column / 64 * d.leading + column % 64 * 2 + k / 8 * d.stride +
                                       k % 8 * 128
                                 : column / 8 * d.stride + column % 8 * 128 + k * 2);
-    return widen(*static_cast<uint16_t*>(at(swizzled(address), 2)), p.bfloat16);
+    return operand(address, p.bfloat16);
 }
 
 void perform(const WarpProduct& p) {
@@ -346,6 +370,7 @@ std::string run(int blocks, int threads, int shared, const std::function<void()>
         const uintptr_t start = reinterpret_cast<uintptr_t>(block.memory.data());
         block.shared = block.memory.data() + (1024 - start % 1024);
         block.shared_bytes = shared;
+        block.unfenced.assign(shared / 4 + 1, false);
         choose_slow_warps();
         start_fibers(threads);
         while (block.done < threads && trouble.empty()) run_block();
@@ -364,6 +389,17 @@ void* at(uint32_t address, int bytes) {
         fail("address " + std::to_string(address) + " of shared memory, for " +
              std::to_string(bytes) + " bytes");
     return block.shared + address;
+}
+
+void store(uint32_t address, uint32_t value) {
+    std::memcpy(at(address, 4), &value, 4);
+    block.unfenced[address / 4] = true;
+    current->unfenced.push_back(address / 4);
+}
+
+void proxy_fence() {
+    for (uint32_t word : current->unfenced) block.unfenced[word] = false;
+    current->unfenced.clear();
 }
 
 namespace {
@@ -392,6 +428,7 @@ void rendezvous(Scope scope, void* argument, void (*together)(void**)) {
 }
 
 void barrier_sync(int barrier, int threads) {
+    if (barrier < 1 || barrier > 15) fail("barrier " + std::to_string(barrier) + " of 1 to 15");
     if (int(current->thread) >= threads) fail("a thread at a barrier of the first ones only");
     meet(block.meetings[{-1, barrier}], threads, nullptr, nullptr);
 }
@@ -439,8 +476,8 @@ void copy_async_wait(int pending) {
 }
 
 void mbarrier_init(uint32_t barrier, int arrivals) {
-    at(barrier, 8);
-    block.barriers[barrier] = {arrivals, arrivals};
+    std::memcpy(at(barrier, 8), &BARRIER, 8);
+    block.barriers[barrier] = {arrivals, arrivals, 0, 0, {}};
 }
 
 void mbarrier_arrive(uint32_t barrier, int bytes) {
@@ -448,6 +485,7 @@ void mbarrier_arrive(uint32_t barrier, int bytes) {
     b.bytes += bytes;
     if (--b.pending < 0) fail("more arrivals at a barrier than it was told of");
     complete_barrier(b);
+    let_others_run();
 }
 
 void mbarrier_wait(uint32_t barrier, uint32_t parity) {
@@ -455,6 +493,7 @@ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         barrier_at(barrier).waiting.push_back(current);
         suspend();
     }
+    let_others_run();
 }
 
 void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, const int* place) {
@@ -576,6 +615,18 @@ uint16_t narrow(float value, bool bfloat16) {
     // In units of the last place, rounded to the nearest even by the current rounding mode.
     const int units = int(std::nearbyint(std::ldexp(x, 10 - exponent)));
     return sign | uint16_t(((exponent + 14) << 10) + units);
+}
+
+// float64 holds the product; float32 takes the sum rounded to odd, of which `narrow` makes the half
+// that is nearest to the sum itself.
+uint16_t fused(float a, float b, float c, bool bfloat16) {
+    const double product = double(a) * b, sum = product + c;
+    float x = float(sum);
+    if (!std::isfinite(sum)) return narrow(x, bfloat16);
+    const double of_c = sum - product, lost = (product - (sum - of_c)) + (c - of_c);
+    const double left = (sum - x) + lost;
+    if (left != 0 && bits(x) % 2 == 0) x = std::nextafter(x, left > 0 ? INFINITY : -INFINITY);
+    return narrow(x, bfloat16);
 }
 
 }  // namespace emulator

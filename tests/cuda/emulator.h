@@ -51,6 +51,9 @@ std::string run(int blocks, int threads, int shared, const std::function<void()>
 unsigned char* shared_memory();
 // Host address of `bytes` of shared memory, aligned to their number (at most 16).
 void* at(uint32_t address, int bytes);
+void store(uint32_t address, uint32_t value);
+// What this thread stored until now may be read by wgmma.
+void proxy_fence();
 
 // Waits until all threads (of this warp; of the block) are here; the last one runs `together` on
 // all their arguments, in the order of the threads.
@@ -93,6 +96,7 @@ void wgmma_wait(int pending);
 // Halves as floats, and rounded to the nearest even.
 float widen(uint16_t half, bool bfloat16);
 uint16_t narrow(float value, bool bfloat16);
+uint16_t fused(float a, float b, float c, bool bfloat16);  // a b + c, rounded once
 
 // c (16, 8) += a (16, 16) b (16, 8), of one warp.
 struct Mma {
@@ -171,7 +175,9 @@ inline uint4 load_global(const void* from) {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 
-inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
+inline float maximum(float a, float b) {
+    return a != a || a > b || (a == b && !std::signbit(a)) ? a : b;
+}
 
 inline u32 byte_permute(u32 a, u32 b, u32 selector) {
     const u64 bytes = u64(b) << 32 | a;
@@ -192,9 +198,9 @@ float2 unpack(u32 packed) {
 }
 template <Half T>
 u32 fma2(u32 a, u32 b, u32 c) {
+    constexpr bool bf = T == Half::bfloat16;
     const float2 x = unpack<T>(a), y = unpack<T>(b), z = unpack<T>(c);
-    // Exact in float64 for bfloat16 and float16, so rounded once, apart from ties of ties.
-    return pack<T>(float(double(x.x) * y.x + z.x), float(double(x.y) * y.y + z.y));
+    return u32(emulator::fused(x.y, y.y, z.y, bf)) << 16 | emulator::fused(x.x, y.x, z.x, bf);
 }
 template <Half T>
 u32 maximum2(u32 a, u32 b) {
@@ -212,10 +218,8 @@ inline u32 load_shared_u16(u32 address) {
 inline uint4 load_shared_16(u32 address) {
     return *static_cast<const uint4*>(emulator::at(address, 16));
 }
-inline void store_shared(u32 address, u32 value) {
-    *static_cast<u32*>(emulator::at(address, 4)) = value;
-}
-inline void proxy_fence() {}
+inline void store_shared(u32 address, u32 value) { emulator::store(address, value); }
+using emulator::proxy_fence;
 
 inline void ldmatrix_x4(u32 (&r)[4], u32 address) {
     emulator::Ldmatrix mine{r, address, false};
