@@ -37,10 +37,11 @@ def _parts():
     return setup.Module(objects, setup.link_command(compiler), [])
 
 
-def run_program(name: str, folder: Path) -> None:
-    """Runs ``tests/cuda/host/NAME.cpp``, which checks index arithmetic and prints what is wrong."""
+def run_program(name: str, folder: Path, *sources: str) -> None:
+    """Runs ``tests/cuda/host/NAME.cpp`` with other sources; it prints what is wrong."""
     program = folder / name
-    command = [*load_setup().find_compiler(), *FLAGS, f"tests/cuda/host/{name}.cpp", "-o", program]
+    sources = (f"tests/cuda/host/{name}.cpp", *sources)
+    command = [*load_setup().find_compiler(), *FLAGS, *sources, "-o", program]
     subprocess.run(command, cwd=ROOT, check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr

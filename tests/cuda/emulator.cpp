@@ -119,8 +119,7 @@ void wake(std::vector<Fiber*>& waiting) {
     waiting.clear();
 }
 
-// Perhaps, and before what follows.
-void let_others_run() {
+void let_others_run_perhaps() {
     if (random_below(2)) return;
     wake(current);
     suspend();
@@ -485,7 +484,7 @@ void mbarrier_arrive(uint32_t barrier, int bytes) {
     b.bytes += bytes;
     if (--b.pending < 0) fail("more arrivals at a barrier than it was told of");
     complete_barrier(b);
-    let_others_run();
+    let_others_run_perhaps();
 }
 
 void mbarrier_wait(uint32_t barrier, uint32_t parity) {
@@ -493,7 +492,6 @@ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         barrier_at(barrier).waiting.push_back(current);
         suspend();
     }
-    let_others_run();
 }
 
 void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, const int* place) {

@@ -5,7 +5,9 @@
 // moment between its start and the wait for it: a kernel that forgets to wait, or that overwrites
 // what is still being read, gives wrong numbers in some runs. Shared memory starts as NaN;
 // addresses outside of it, misaligned ones, threads of a warp at different instructions and
-// deadlocks are errors. Not checked: device memory, speed, registers, the memory model.
+// deadlocks are errors. Not checked: device memory, speed, registers, the memory model (but for
+// stores that wgmma reads without a proxy fence), fences of wgmma and of new barriers.
+// tests/cuda/host/emulator.cpp holds it to the PTX ISA, emulator_faults.cpp to what it must find.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -80,7 +82,7 @@ void mbarrier_arrive(uint32_t barrier, int bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
 void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, const int* place);
 
-// A product of the warpgroup, of which each warp makes its rows when it comes there: accumulators of
+// A product of the warpgroup, of which each warp makes its rows in its own time: accumulators of
 // this thread, A in registers or a descriptor.
 struct Product {
     float* d;
