@@ -3,17 +3,31 @@
 from .accelerate import accelerate, restore
 from .analyze import Analysis, analyze
 from .layout import Layout
+from .models import create_model
+from .models.registration import register_when_imported
 from .pooling import GridPool
 from .schedule import Schedule
 from .stack import record_maps
+
+register_when_imported()
 
 __all__ = [
     "Analysis",
     "GridPool",
     "Layout",
+    "PSViT",
     "Schedule",
     "accelerate",
     "analyze",
+    "create_model",
     "record_maps",
     "restore",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "PSViT":  # its parts come from timm: imported when asked for
+        from .models import PSViT
+
+        return PSViT
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -67,9 +67,9 @@ def layer_costs(
         flops = params = 0
         if i in schedule.pools:
             before = pools[schedule.pools.index(i)]
-            layout = before.reduced(layout)
             params += sum(p.numel() for p in before.parameters())
-            flops += 0 if before.weight is None else 2 * layout.cells * before.weight.numel()
+            flops += before.flops(layout)
+            layout = before.reduced(layout)
         kind = schedule.kinds[i]
         layer_flops, layer_params = _layer(layer, encoder.names.attention, kind, layout.tokens)
         rows.append(

@@ -98,6 +98,27 @@ class GridPool(nn.Module):
             cells = self.matrix(layout).to(y).T @ cells
         return torch.cat([prefix, cells], dim=1)
 
+    def upsample(self, y: Tensor, layout: Layout) -> Tensor:
+        """Pooled tokens at the places they came from: `(B, M, C)` to `(B, N, C)`.
+
+        Each of the N cells of ``layout`` gets the mean of the pooled tokens whose windows hold it,
+        so that constants stay constant; prefix tokens pass. Not the adjoint (``expand``), whose
+        sums grow where windows overlap.
+        """
+        axes = []
+        step = None if self.kind == "stride" else (self.kernel, self.padding)
+        for n in self._grid(layout):
+            axis = torch.zeros(n, self._side(n), dtype=torch.float64)
+            for i, owners in enumerate(_owners(n, self.stride, step)):
+                axis[i, owners] = 1 / len(owners)
+            axes.append(axis)
+        cells = functools.reduce(torch.kron, axes).to(y) @ y[:, layout.prefix :]
+        return torch.cat([y[:, : layout.prefix], cells], dim=1)
+
+    def flops(self, layout: Layout) -> int:
+        """Of the products of pooling one image, a multiply-add counted as 2."""
+        return 0 if self.weight is None else 2 * self.reduced(layout).cells * self.weight.numel()
+
     def matrix(self, layout: Layout) -> Tensor:
         """The weights of the average (or choice) that each pooled cell is: float64, `(M, N)`."""
         axes = []

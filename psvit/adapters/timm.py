@@ -159,7 +159,7 @@ def encoder(module: nn.Module, model: nn.Module) -> Encoder | None:
         prefix=module.num_prefix_tokens,
         grid=tuple(embedding.grid_size),
         embedding=embedding,
-        measure=_patch_grid,
+        measure=patch_grid,
         convolution=embedding.proj,
         names=NAMES,
         attention=FusedAttention,
@@ -177,8 +177,8 @@ def after_restoration(model: nn.Module) -> None:
     vars(model).pop("forward_intermediates", None)
 
 
-def _patch_grid(module: nn.Module, args: tuple, output: Tensor) -> tuple[int, int]:
-    """As ``forward_intermediates`` computes it."""
+def patch_grid(module: nn.Module, args: tuple, output: Tensor) -> tuple[int, int]:
+    """(h, w) of the patches that a timm embedding makes, from its arguments."""
     h, w = module.dynamic_feat_size(tuple(args[0].shape[-2:]))  # type: ignore[operator]
     return h, w
 
