@@ -60,7 +60,7 @@ struct WarpProduct {
     Product product;  // of the first lane; all agree but for registers
     int warp;
     std::array<float*, WARP> d;
-    std::array<std::array<uint32_t, 4>, WARP> a;
+    std::array<const uint32_t*, WARP> a;  // read when the product is made
 };
 
 // Of one warp. Nothing but barriers keeps the warps of a warpgroup together.
@@ -511,7 +511,7 @@ void wgmma(const Product& product) {
             const Product& one = *static_cast<Product*>(lanes[l]);
             if (!same(one, p.product)) fail("lanes of a warp at different products");
             p.d[l] = one.d;
-            if (one.a_registers) std::copy_n(one.a_registers, 4, p.a[l].begin());
+            p.a[l] = one.a_registers;
         }
         expect_same_product(p.product);
         Products& products = products_of_warp();

@@ -259,14 +259,14 @@ void check_wgmma(bool add, bool a_in_registers) {
             const int row = first_row + lane.c_row(i % 4);
             d[i] = add ? c.at(row, i / 4 * 8 + lane.c_column(i % 4)) : NAN;
         }
+        u32 fragments[K / 16][4];
         wgmma_fence();
         for (int k = 0; k < K; k += 16) {
             const u64 leading = TRANSPOSED ? u64((BOX >> 4) - 1) << 16 : 0;
             const u64 of_b = box_descriptor(B + k * (TRANSPOSED ? ROW_BYTES : 2)) + leading;
-            u32 fragment[4];
-            a_fragment<T>(fragment, a, first_row, k);
+            a_fragment<T>(fragments[k / 16], a, first_row, k);
             if (a_in_registers)
-                wgmma<T, TRANSPOSED>(d, fragment, of_b, add || k > 0);
+                wgmma<T, TRANSPOSED>(d, fragments[k / 16], of_b, add || k > 0);
             else
                 wgmma<T, TRANSPOSED>(d, box_descriptor(2 * k), of_b, add || k > 0);
         }

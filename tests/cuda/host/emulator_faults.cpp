@@ -312,6 +312,17 @@ void results_of_products() {
         wgmma_wait<0>();
         p.show_it();
     });
+    check("registers of A changed under way", nullptr, [](bool fault) {
+        Product p = {};
+        bring_ones();
+        u32 a[4] = {ONES, ONES, ONES, ONES};
+        wgmma_fence();
+        wgmma<T, false>(p.d, a, box_descriptor(0), false);
+        wgmma_commit();
+        if (fault) a[2] = 0;
+        wgmma_wait<0>();
+        p.show_it();
+    });
     check("warps at different products", "different products", [](bool fault) {
         Product p;
         bring_ones();
