@@ -1,11 +1,9 @@
-"""The CUDA kernel of ``token_pool``: every width and window it serves, and its index arithmetic."""
+"""The CUDA kernel of ``token_pool``: every width and window it serves."""
 
 from __future__ import annotations
 
 import math
 
-import building
-import emulated
 import pytest
 import torch
 from helpers import (
@@ -38,12 +36,6 @@ WINDOWS = [
 def dtype(request):
     with serving("cuda", request.param, "sm_80"):
         yield request.param
-
-
-@pytest.mark.skipif(building.unavailable() is not None, reason=str(building.unavailable()))
-def test_index_arithmetic(tmp_path):
-    """``csrc/cuda/pool_window.h`` against the definition: windows, channels of threads, blocks."""
-    emulated.run_program("pool_window", tmp_path)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)

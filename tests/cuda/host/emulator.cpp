@@ -1,10 +1,9 @@
 // The emulator against the PTX ISA: what its instructions compute, with elements placed by the
 // formulas of the sections named below, against plain loops. Exits with 1 at what is wrong.
 #include "hopper.h"
+#include "require.h"
 #include "tiles.h"
 
-#include <cstdio>
-#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -13,13 +12,6 @@ using namespace psvit::cuda;
 namespace {
 
 // Without destructors: this may be a thread of a kernel, on a stack that one of them would free.
-void require(bool right, const char* what, long a, long b, long c) {
-    if (right) return;
-    std::printf("%s: %ld, %ld, %ld\n", what, a, b, c);
-    std::fflush(stdout);
-    std::_Exit(1);
-}
-
 void run(int threads, int shared, const std::function<void()>& kernel) {
     const std::string trouble = emulator::run(1, threads, shared, kernel);
     require(trouble.empty(), trouble.c_str(), threads, shared, 0);

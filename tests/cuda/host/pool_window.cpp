@@ -1,20 +1,13 @@
 // The index arithmetic of token_pool against the definition, on the host: which tokens a window
 // covers, who holds which channels, which block makes which tokens. Exits with 1 at what is wrong.
 #include "pool_window.h"
+#include "require.h"
 
-#include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 using namespace psvit::cuda;
 
 namespace {
-
-void require(bool right, const char* what, int a, int b, int c) {
-    if (right) return;
-    std::printf("%s: %d, %d, %d\n", what, a, b, c);
-    std::exit(1);
-}
 
 PoolArgs pool_args(int height, int width, int kernel, int stride, int padding, int prefix) {
     PoolArgs a = {};

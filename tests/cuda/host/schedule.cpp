@@ -1,21 +1,15 @@
 // The schedule of the Hopper kernels against its definition, on the host: every row of every head
 // in exactly one item, nothing in shared memory twice. Exits with 1 at what is wrong.
+#include "require.h"
 #include "schedule.h"
 
 #include <cstdio>
-#include <cstdlib>
 #include <utility>
 #include <vector>
 
 using namespace psvit::cuda;
 
 namespace {
-
-void require(bool right, const char* what, int a, int b, int c) {
-    if (right) return;
-    std::printf("%s: %d, %d, %d\n", what, a, b, c);
-    std::exit(1);
-}
 
 void check_items(int batch, int heads, int rows, int tile_rows, int multiprocessors) {
     const Schedule s = schedule(batch, heads, rows, tile_rows, multiprocessors);

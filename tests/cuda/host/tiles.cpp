@@ -1,9 +1,8 @@
 // Where the sm_80 kernels find things, on the host: every element in one place, each lane's columns
 // side by side, eight rows of ldmatrix in different banks. Exits with 1 at what is wrong.
+#include "require.h"
 #include "tiles.h"
 
-#include <cstdio>
-#include <cstdlib>
 #include <set>
 #include <vector>
 
@@ -12,12 +11,6 @@ using namespace psvit::cuda;
 namespace {
 
 const int RUNS[] = {2, 4, 8, 16};
-
-void require(bool right, const char* what, int a, int b, int c) {
-    if (right) return;
-    std::printf("%s: %d, %d, %d\n", what, a, b, c);
-    std::exit(1);
-}
 
 // Units of 16 bytes that lie in different banks: all eight of 128 bytes.
 template <class Row>
