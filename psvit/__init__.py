@@ -1,5 +1,6 @@
 """PSViT: vision transformers with pooled tokens and shared attention maps."""
 
+from . import init
 from .accelerate import accelerate, restore
 from .analyze import Analysis, analyze
 from .layout import Layout
@@ -20,6 +21,7 @@ __all__ = [
     "accelerate",
     "analyze",
     "create_model",
+    "init",
     "record_maps",
     "restore",
 ]

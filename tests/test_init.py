@@ -280,13 +280,12 @@ def test_linear_pools_hand_the_position_embedding_on(pool: Any) -> None:
 
 
 def test_psvit_models_are_initialised_stage_by_stage() -> None:
-    PSViT = pytest.importorskip("psvit.models.vit").PSViT
-    model = PSViT("AS|A", (96, 192), head_dim=32, img_size=8, patch_size=1, in_chans=1)
+    model = psvit.PSViT("AS|A", (96, 192), head_dim=32, img_size=8, patch_size=1, in_chans=1)
     report = impulse_init_(model, generator=seeded())
     assert [row.donor for row in report.rows] == [0, 0, 2]
     assert [len(row.offsets) for row in report.rows] == [3, 3, 6]
     assert report.argmax > 0.95 and report.mass > 0.65
-    sequence = PSViT("A|A", 96, dims=1, head_dim=32, img_size=8, patch_size=1, in_chans=1)
+    sequence = psvit.PSViT("A|A", 96, dims=1, head_dim=32, img_size=8, patch_size=1, in_chans=1)
     assert impulse_init_(sequence).rows[1].missing
 
 
