@@ -113,7 +113,7 @@ def impulse_init_(
         filters = [shift_filter(view.places.grid, offset) for offset in offsets_of_heads]
         if method == "closed_form":
             rank = _rank(pinv_rank, view)
-            heads = [_closed_form(view, f, rank, logit_scale, noise, generator) for f in filters]
+            heads = _closed_form(view, filters, rank, logit_scale, noise, generator)
         else:
             heads = _by_gradient(view, filters, gain, generator)
         if target_mass is None:
@@ -127,7 +127,8 @@ def impulse_init_(
     if init_vo:
         plan |= plan_values(views, placed, generator)
 
-    for text in _doubts([views[layer] for layer in attending], kernel_size**2):
+    taps = kernel_size**2 if isinstance(offsets, str) else len(offsets)
+    for text in _doubts([views[layer] for layer in attending], taps):
         warnings.warn(text, stacklevel=3)  # 3: the caller, beyond the decorator
     if zero_qk_bias:
         zero_biases(views, attending)
@@ -157,12 +158,12 @@ def _report(
 
 def _closed_form(
     view: AttentionView,
-    target: Tensor,
+    filters: Sequence[Tensor],
     rank: int,
     logit_scale: float,
     noise: float,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
+) -> list[tuple[Tensor, Tensor]]:
     """`(D, d)` each: the best product of P+ T P+^T, with P+ the pseudo-inverse of the embedding.
 
     P+ keeps ``rank`` singular values, P+ = W C with orthonormal columns of W `(D, r)`; so the SVD
@@ -170,10 +171,13 @@ def _closed_form(
     """
     assert view.places.embedding is not None
     basis, inverse = _pseudo_inverse(view.places.embedding, rank)
-    scores = noise * draw(torch.randn, tuple(target.shape), generator)
-    scores = torch.where(target == 0, scores, logit_scale)
-    queries, keys = factors(inverse @ scores @ inverse.T, view.head_dim)
-    return _filled(basis @ queries, basis @ keys, view.head_dim, generator)
+    heads = []
+    for target in filters:
+        scores = noise * draw(torch.randn, tuple(target.shape), generator)
+        scores = torch.where(target == 0, scores, logit_scale)
+        queries, keys = factors(inverse @ scores @ inverse.T, view.head_dim)
+        heads.append(_filled(basis @ queries, basis @ keys, view.head_dim, generator))
+    return heads
 
 
 def _pseudo_inverse(embedding: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,8 @@ def _position_embedding(model: nn.Module) -> Tensor:
     known = isinstance(blocks, Stack) or (
         isinstance(blocks, nn.Sequential) and all(isinstance(b, TimmBlock) for b in blocks)
     )
-    if not known or not hasattr(getattr(model, "patch_embed", None), "grid_size"):
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if not known or grid is None:
         raise TypeError(
             f"model: got {name}, expected timm's VisionTransformer with its usual blocks, or a "
             f"PSViT model"
