@@ -1,4 +1,4 @@
-"""The command line: ``psvit demo | accelerate | analyze | bench | info``."""
+"""The command line: ``psvit demo | accelerate | analyze | bench | experiment | info``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "accelerate": "convert a model of yours; cost, latency and agreement before and after",
     "analyze": "which layers compute nearly the same attention map",
     "bench": "time the kernels and a converted model against PyTorch",
+    "experiment": "one of the project's experiments, its controls included",
     "info": "what runs here and why: versions, processor, providers",
 }
 

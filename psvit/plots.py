@@ -182,3 +182,38 @@ def draw_attention(
             axes.set_yticks([])
             axes.spines[:].set_color("0.7")
     figure.savefig(path)
+
+
+# --- training curves ------------------------------------------------------------------------
+
+
+def draw_curves(
+    epochs: Sequence[int],
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    path: str | PathLike[str],
+    *,
+    title: str,
+) -> None:
+    """Test accuracy over the epochs: the mean over the seeds, a band from worst to best.
+
+    Args:
+        epochs: at which it was measured.
+        curves: by name, one list of accuracies (0 to 1) a seed.
+        path: the picture's file.
+        title: put above the picture.
+    """
+    figure = _figure(8.5, 5)
+    axes = figure.subplots()
+    for i, (name, seeds) in enumerate(curves.items()):
+        values = [[100 * v for v in at] for at in zip(*seeds, strict=True)]
+        style = "-" if i < 6 else "--"  # more than six colours are hard to tell apart
+        means = [sum(at) / len(at) for at in values]
+        (line,) = axes.plot(epochs, means, style, label=name, linewidth=2)
+        lowest, highest = [min(at) for at in values], [max(at) for at in values]
+        axes.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(title, fontsize=11)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _plain(axes)
+    figure.savefig(path)
