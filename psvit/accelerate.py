@@ -67,6 +67,7 @@ def accelerate(
     """
     encoder = adapters.find(model)
     if isinstance(encoder.container, Stack):
+        _check_converted(model, encoder.container)
         raise ValueError(
             f'model: is converted already, to schedule "{encoder.container.schedule}"; '
             f"call psvit.restore on it first"
@@ -101,6 +102,7 @@ def restore(model: Model) -> Model:
         raise ValueError(
             f"model: got {type(model).__name__} that isn't converted, expected one that is"
         )
+    _check_converted(model, stack)
     blocks = [stack.block(i) for i in range(len(stack))]
     stripped = [str(b.layer + 1) for b in blocks if b.attention_layer.stripped]
     if stripped:
@@ -114,6 +116,14 @@ def restore(model: Model) -> Model:
         del hooks[key]
     _finish(encoder, "after_restoration", encoder.host)
     return model
+
+
+def _check_converted(model: nn.Module, stack: Stack) -> None:
+    if stack.built:
+        raise ValueError(
+            f"model: got {type(model).__name__}, which was made for its schedule "
+            f'"{stack.schedule}", expected a host\'s model; for another schedule make another PSViT'
+        )
 
 
 def _pools(

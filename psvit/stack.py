@@ -45,6 +45,9 @@ class Stack(nn.Module):
     #: Called with the map of each layer, if somebody wants them: see ``record_maps``.
     recorder: Callable[[Tensor], object] | None = None
 
+    #: Whether the blocks were made for the schedule, and not converted: nothing to restore then.
+    built = False
+
     def __init__(
         self,
         host: nn.Module,

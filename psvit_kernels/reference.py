@@ -355,7 +355,8 @@ def _pool_image(
         return image[:, :, :: stride[0], :: stride[1]]
     assert weight is not None
     wide_bias = None if bias is None else bias.to(image.dtype)
-    return F.conv2d(image, weight.to(image.dtype), wide_bias, stride, padding, 1, groups)
+    with torch.autocast(image.device.type, enabled=False):  # it would narrow what is wide here
+        return F.conv2d(image, weight.to(image.dtype), wide_bias, stride, padding, 1, groups)
 
 
 def _sum(x: Tensor, residual: Tensor | None) -> Tensor:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import helpers
 import hosts
 import pytest
@@ -14,10 +22,12 @@ import psvit
 import psvit_kernels
 from psvit.cost import layer_costs
 from psvit.models import PRESETS
-from psvit.models.pool import StagePool
+from psvit.models.pool import STAGE_KINDS, StagePool
 
 timm = pytest.importorskip("timm")
 
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 SCHEDULE = "AAS|ASA|AS"
 WIDTHS = (16, 24, 40)
 MATCHED = [name for name in PRESETS if not name.endswith("_deit")]
@@ -250,3 +260,355 @@ def _deit(name: str) -> nn.Module:
     for block in model.blocks:
         block.attn.fused_attn = False  # so that its products are seen one by one
     return model
+
+
+def test_the_readme_has_every_preset_with_what_it_costs():
+    text = README.read_text(encoding="utf-8")
+    for row in table().values():
+        assert row in text, f"README.md lacks or contradicts: {row}"
+
+
+def table() -> dict[str, str]:
+    """A row for each preset and for each DeiT, as the README has them."""
+    rows, costs = {}, {}
+    for size in ("tiny", "small", "base"):
+        name = f"deit_{size}_patch16_224"
+        deit = _deit(name)
+        costs[name] = layer_costs(deit, "A" * len(deit.blocks))
+        cost = _cost(costs[name], costs[name])
+        rows[name] = f"| `{name}` | `{'A' * 12}` | {deit.embed_dim} | 197 | {cost} |"
+    for name, ours in PRESETS.items():
+        model = preset(name)
+        cost = _cost(layer_costs(model, model.schedule), costs[ours.peer])
+        schedule = ours.schedule.replace("|", r"\|")
+        widths = ", ".join(map(str, ours.widths if len(set(ours.widths)) > 1 else ours.widths[:1]))
+        tokens = ", ".join(str(layout.tokens) for layout in model.layouts())
+        rows[name] = f"| `{name}` | `{schedule}` | {widths} | {tokens} | {cost} |"
+    return rows
+
+
+def _cost(rows, deit) -> str:
+    flops, params = sum(row.flops for row in rows), sum(row.params for row in rows)
+    part = flops / sum(row.flops for row in deit)
+    return f"{params / 1e6:.1f} M | {flops / 1e9:.2f} G | {part:.0%}"
+
+
+# --- pools and dense features ---------------------------------------------------------------
+
+
+def stage_pool(kind: str, dims: int, inside: bool, prefix: int = 1) -> StagePool:
+    width = 12 if kind in ("conv", "depthwise") else 6
+    pool = StagePool(kind, 6, width, dims=dims, prefix=prefix, inside=inside, norm=False).double()
+    for name, parameter in pool.named_parameters():
+        nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter)
+    return pool
+
+
+LINEAR = [("avg", 1, True), ("avg", 1, False), ("stride", 1, True), ("stride", 1, False)]
+LINEAR += [(kind, 2, False) for kind in STAGE_KINDS if kind != "max"]
+
+
+@pytest.mark.parametrize(("kind", "dims", "inside"), LINEAR)
+@pytest.mark.parametrize("grid", [(1, 2), (3, 4), (8, 5)])
+def test_expand_is_the_adjoint_of_reduce(kind, dims, inside, grid):
+    pool, layout = stage_pool(kind, dims, inside), psvit.Layout(1, grid)
+    x = torch.randn(2, layout.tokens, 6, dtype=torch.float64)
+    reduced, after = pool.reduce(x, layout)
+    assert after.tokens == reduced.shape[1]
+    y = torch.randn_like(reduced)
+    torch.testing.assert_close((reduced * y).sum(), (x * pool.expand(y, layout)).sum())
+
+
+def test_expand_of_a_pooled_sequence_takes_the_average_for_the_maximum():
+    pool, layout = stage_pool("conv", 1, True), psvit.Layout(1, (3, 4))
+    x = torch.randn(2, layout.tokens, 6, dtype=torch.float64)
+    wide = F.conv1d(x.mT, pool.conv.weight, None, 1, 1)
+    average = F.avg_pool1d(wide, 3, 2, 1, count_include_pad=False).mT
+    y = torch.randn_like(average)
+    torch.testing.assert_close((average * y).sum(), (x * pool.expand(y, layout)).sum())
+
+
+@pytest.mark.parametrize("kind", STAGE_KINDS)
+@pytest.mark.parametrize(("dims", "inside"), [(1, True), (1, False), (2, False)])
+def test_upsample_keeps_constants_and_means_over_the_windows_of_a_cell(kind, dims, inside):
+    pool, layout = stage_pool(kind, dims, inside), psvit.Layout(1, (3, 4))
+    after = pool.reduced(layout)
+    ones = torch.ones(1, after.tokens, 3, dtype=torch.float64)
+    torch.testing.assert_close(pool.upsample(ones, layout), ones.new_ones(1, layout.tokens, 3))
+    y = torch.randn(1, after.tokens, 3, dtype=torch.float64)
+    low, high = y.amin(1, keepdim=True), y.amax(1, keepdim=True)
+    z = pool.upsample(y, layout)
+    assert (z >= low - 1e-12).all() and (z <= high + 1e-12).all()
+
+
+def test_upsample_of_a_grid_puts_each_token_where_it_came_from():
+    pool, layout = stage_pool("conv", 2, False, prefix=0), psvit.Layout(0, (1, 5))
+    y = torch.tensor([[[1.0], [2.0], [3.0]]])  # of windows {0, 1}, {1, 2, 3}, {3, 4}
+    assert pool.upsample(y, layout).flatten().tolist() == [1, 1.5, 2, 2.5, 3]
+
+
+@DIMS
+def test_intermediates_are_the_tokens_of_their_layers(dims):
+    model = small(dims=dims)
+    x = hosts.images(2, 3, 24, 40)
+    final, features = model.forward_intermediates(x, output_fmt="NLC")
+    torch.testing.assert_close(final, model.forward_features(x))
+    prefix = model.num_prefix_tokens
+    torch.testing.assert_close(model.norm(features[-1]), final[:, prefix:])
+    pairs = model.forward_intermediates(
+        x, [1, -1], return_prefix_tokens=True, norm=False, intermediates_only=True
+    )
+    if dims == 1:
+        assert [p.shape for _, p in pairs] == [(2, 1, 16), (2, 1, 40)]
+        assert [f.shape for f, _ in pairs] == [(2, 16, 6, 10), (2, 40, 6, 10)]
+    else:
+        assert [f.shape for f in pairs] == [(2, 16, 6, 10), (2, 40, 2, 3)]
+    found = model.forward_intermediates(x, 1, norm=True, output_dict=True, expand=True)
+    assert found["image_intermediates"][0].shape == (2, 40, 6, 10)
+    torch.testing.assert_close(found["image_features"], final)
+    early, [only] = model.forward_intermediates(x, [2], stop_early=True, output_fmt="NLC")
+    torch.testing.assert_close(only, features[2])
+    torch.testing.assert_close(early[:, prefix:], only)
+
+
+@pytest.mark.parametrize("name", ["psvit_1d_tiny", "psvit_2d_tiny"])
+def test_timm_makes_a_pyramid_of_features_of_it(name):
+    with torch.device("meta"):
+        pyramid = timm.create_model(name, features_only=True)
+        features = pyramid(torch.empty(1, 3, 224, 224))
+    info = pyramid.feature_info
+    assert info.channels() == list(PRESETS[name].widths)
+    sides = [-(-224 // reduction) for reduction in info.reduction()]
+    assert [f.shape[2:] for f in features] == [(side, side) for side in sides]
+    assert [f.shape[1] for f in features] == info.channels()
+
+
+# --- what timm and PyTorch ask of a model ---------------------------------------------------
+
+
+def test_timm_knows_the_presets_and_its_training_script_gets_what_it_asks_for():
+    from timm.data import resolve_data_config
+    from timm.optim import create_optimizer_v2
+
+    assert set(timm.list_models("psvit_*")) == set(PRESETS)
+    model = timm.create_model(
+        "psvit_2d_tiny", pretrained=False, in_chans=3, num_classes=10, drop_rate=0.1,
+        drop_path_rate=0.1, drop_block_rate=None, global_pool=None, bn_momentum=None, bn_eps=None,
+        scriptable=False, checkpoint_path="", img_size=64,
+    )  # fmt: skip
+    assert model.default_cfg["architecture"] == "psvit_2d_tiny" and model.num_classes == 10
+    assert model.pretrained_cfg["first_conv"] == "patch_embed.proj"
+    config = resolve_data_config({"img_size": 64}, model=model)
+    assert config["input_size"] == (3, 64, 64) and config["mean"] == (0.485, 0.456, 0.406)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    pool = model.blocks.pools[0].conv.weight
+    layer = model.blocks[model.schedule.pools[0]].mlp.fc1.weight
+    assert groups[id(pool)]["lr_scale"] == groups[id(layer)]["lr_scale"]
+    assert groups[id(model.pos_embed)]["weight_decay"] == 0
+    assert groups[id(pool)]["weight_decay"] == 0.05
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for psvit_2d_tiny"):
+        timm.create_model("psvit_2d_tiny", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import psvit, sys; assert 'timm' not in sys.modules; import timm",
+        "import timm, psvit, importlib; importlib.reload(psvit)",
+    ],
+)
+def test_timm_knows_the_presets_whichever_is_imported_first(code):
+    check = "assert len(timm.list_models('psvit_*')) == 12"
+    _python(f"import warnings; warnings.simplefilter('error', UserWarning); {code}; {check}")
+
+
+def test_without_timm_psvit_works_and_a_model_says_what_is_missing():
+    _python(
+        "import sys; sys.modules['timm'] = None\n"
+        "import psvit, psvit.cli\n"
+        "assert psvit.models.PRESETS and psvit.Schedule('AS').depth == 2\n"
+        "for make in (lambda: psvit.create_model('psvit_1d_tiny'), lambda: psvit.PSViT):\n"
+        "    try: make()\n"
+        "    except ImportError as error: assert 'pip install \"psvit[timm]\"' in str(error)\n"
+        "    else: raise AssertionError\n"
+    )
+
+
+def _python(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ}, cwd=ROOT)
+
+
+def test_a_new_classifier_has_the_width_of_the_last_stage():
+    model = small()
+    model.reset_classifier(7, "max")
+    assert model(hosts.images()).shape == (2, 7) and model.get_classifier().in_features == 40
+    model.reset_classifier(0)
+    assert model(hosts.images()).shape == (2, 40) and model.num_features == 40
+
+
+@DIMS
+def test_other_image_sizes_interpolate_the_position_embedding(dims):
+    model = small(dims=dims, pool_positions=True)
+    wide = hosts.images(2, 3, 24, 40)
+    want = model(wide)
+    model.set_input_size((24, 40))
+    assert model.pos_embed.shape[1] == model.layouts()[0].tokens == 60 + model.num_prefix_tokens
+    torch.testing.assert_close(model(wide), want)
+
+
+def test_positions_after_a_pool_are_added_there_and_never_decayed():
+    model = small(pool_positions=True)
+    assert [p.pos_embed.shape for p in model.blocks.pools] == [(1, 16, 24), (1, 4, 40)]
+    assert {"pos_embed", "blocks.pools.0.pos_embed"} <= model.no_weight_decay()
+    pool, layout = model.blocks.pools[0], model.layouts()[0]
+    x = torch.randn(2, 64, 16)
+    with_positions, _ = pool.reduce(x, layout)
+    positions = pool.pos_embed.data.clone()
+    pool.pos_embed.data.zero_()
+    torch.testing.assert_close(pool.reduce(x, layout)[0] + positions, with_positions)
+
+
+@DIMS
+def test_checkpointing_changes_no_gradient(dims):
+    model = small(dims=dims).train()
+    x = hosts.images()
+    want = hosts.gradients(model, x)
+    model.set_grad_checkpointing()
+    hosts.assert_same_gradients(hosts.gradients(model, x), want)
+    final, _ = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+
+
+def test_state_dicts_copies_and_pickles_make_the_same_model():
+    model, x = small(dims=1, pool_positions=True), hosts.images()
+    want = model(x)
+    other = small(dims=1, pool_positions=True)
+    other.load_state_dict(model.state_dict())
+    for same in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(same(x), want, rtol=0, atol=0)
+
+
+@DIMS
+def test_autocast_keeps_the_residual_stream_in_float32(dims):
+    model, x = small(dims=dims), hosts.images()
+    seen = []
+    for i in range(len(model.blocks)):
+        model.blocks[i].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, gradients = model(x), hosts.gradients(model, x)
+    assert got.dtype == torch.bfloat16 and set(seen) == {torch.float32}
+    torch.testing.assert_close(got.float(), model(x), rtol=0.1, atol=0.1)
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
+@DIMS
+def test_compiles_without_a_graph_break_and_exports(dims):
+    torch.compiler.reset()
+    model, x = small(dims=dims, pool_positions=True), hosts.images()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    wanted = hosts.gradients(model, x)
+    got = {n.removeprefix("_orig_mod."): g for n, g in hosts.gradients(compiled, x).items()}
+    hosts.assert_same_gradients(got, wanted, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x))
+
+
+def test_maps_can_be_recorded():
+    model = small(dims=1)
+    with psvit.record_maps(model) as maps:
+        model(hosts.images())
+    assert [m.shape[1:] for m in maps] == 3 * [(2, 65, 65)] + 3 * [(3, 33, 33)] + 2 * [(5, 17, 17)]
+    assert maps[2] is maps[1] or torch.equal(maps[2], maps[1])
+
+
+# --- bad input ------------------------------------------------------------------------------
+
+IMAGE = torch.zeros(1, 3, 32, 32)
+BAD = [
+    (
+        lambda: psvit.create_model("psvit_2d_tny"),
+        f'name: got "psvit_2d_tny", expected one of {", ".join(PRESETS)}; '
+        f"did you mean psvit_2d_tiny?",
+    ),
+    (
+        lambda: small("AS|SA", 16),
+        'schedule "AS|SA": layer 3 shares across a pool; start each stage with A',
+    ),
+    (
+        lambda: small(widths=(16, 24)),
+        f'widths: got 2 (16, 24) for schedule "{SCHEDULE}", expected 3, one a stage',
+    ),
+    (lambda: small(widths=20), "widths: got 20, expected a multiple of head_dim, 8"),
+    (
+        lambda: small(pool="max"),
+        'widths: got 16 and then 24 with pool "max", which has no parameters; expected 16 again, '
+        "or pool conv",
+    ),
+    (
+        lambda: small(pool="depthwise"),
+        'widths: got 16 and then 24 with pool "depthwise", expected a multiple of 16 after it',
+    ),
+    (
+        lambda: small("A", 8, pool="mean"),
+        "pool: got 'mean', expected one of conv, depthwise, max, avg, stride",
+    ),
+    (lambda: small(dims=3), "dims: got 3, expected 1 or 2"),
+    (lambda: small(prefix="in"), 'prefix: got "in", expected "inside" or "beside"'),
+    (
+        lambda: small(prefix="inside"),
+        'prefix: got "inside" for dims=2, expected "beside"; a class token has no place in the '
+        "grid",
+    ),
+    (
+        lambda: small(global_pool="token"),
+        'global_pool: got "token" for a model with no class token, expected one of "avg", '
+        '"avgmax", "max", ""',
+    ),
+    (
+        lambda: small().reset_classifier(3, "map"),
+        'global_pool: got "map" for a model with no class token, expected one of "avg", '
+        '"avgmax", "max", ""',
+    ),
+    (
+        lambda: small(img_size=(33, 32)),
+        "img_size: got 33 x 32, expected multiples of 4, from 12 x 12 on; "
+        "next to it: 32 x 32 or 36 x 32",
+    ),
+    (
+        lambda: small()(IMAGE[..., :8, :8]),
+        "img_size: got 8 x 8, expected multiples of 4, from 12 x 12 on; next to it: 12 x 12",
+    ),
+    (
+        lambda: small().set_input_size(30),
+        "img_size: got 30 x 30, expected multiples of 4, from 12 x 12 on; "
+        "next to it: 28 x 28 or 32 x 32",
+    ),
+    (lambda: small()(IMAGE[0]), "x: got shape (3, 32, 32), expected (B, 3, height, width)"),
+    (
+        lambda: small().forward_intermediates(IMAGE, norm=True),
+        "norm: got True for layer 0 of width 16, expected layers of width 40 as the norm, 6 to 7",
+    ),
+    (
+        lambda: small().forward_intermediates(IMAGE, output_fmt="NHWC"),
+        'output_fmt: got "NHWC", expected "NCHW" or "NLC"',
+    ),
+    (
+        lambda: psvit.accelerate(small(), "AAAAAAAA"),
+        f'model: got PSViT, which was made for its schedule "{SCHEDULE}", expected a host\'s '
+        "model; for another schedule make another PSViT",
+    ),
+    (
+        lambda: psvit.restore(small()),
+        f'model: got PSViT, which was made for its schedule "{SCHEDULE}", expected a host\'s '
+        "model; for another schedule make another PSViT",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_input_is_refused_in_words(call, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call()

@@ -423,3 +423,12 @@ def test_same_bits_in_every_run_and_with_any_number_of_threads(
             assert torch.equal(bits(got["out"]), bits(first["out"]))
         else:
             assert_same_bits(first, got)
+
+
+def test_autocast_does_not_narrow_what_the_reference_computes():
+    x, weight = torch.randn(2, 16, 8), torch.randn(12, 8, 3, 3)
+    with pk.use("reference"):
+        want, _ = pk.token_pool(x, (4, 4), kind="conv", weight=weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, _ = pk.token_pool(x, (4, 4), kind="conv", weight=weight)
+    assert torch.equal(got, want)

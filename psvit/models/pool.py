@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from psvit_kernels import token_pool
+from psvit_kernels.checks import autocast_dtype
 
 from ..layout import Layout
 from ..pooling import GridPool, Kind
@@ -33,11 +35,14 @@ class StagePool(GridPool):
         inside: whether they are part of the sequence (``dims=1``); else they pass beside the pool,
             through a linear layer where the width changes.
         norm: LayerNorm after the pool, over the prefix tokens too.
+        places: the layout before the pool for which a position embedding is added after it (for
+            others it is interpolated); None: none is.
 
     Raises:
         ValueError: an unknown kind, or a width that the kind can't make.
 
-    Source: PSViT, arXiv 2108.03428, section 3; PiT, arXiv 2103.16302, for "depthwise".
+    Source: PSViT, arXiv 2108.03428, section 3; PiT, arXiv 2103.16302, for "depthwise"; HVT, arXiv
+    2103.10619, for positions after a pool.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class StagePool(GridPool):
         prefix: int = 0,
         inside: bool = False,
         norm: bool = True,
+        places: Layout | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -71,17 +77,34 @@ class StagePool(GridPool):
         widens_beside = prefix and not inside and new_width != width
         self.beside = nn.Linear(width, new_width, **factory) if widens_beside else None
         self.norm = nn.LayerNorm(new_width, eps=1e-6, **factory) if norm else None
+        self.pos_embed: nn.Parameter | None = None
+        if places is not None:
+            self.places = self.reduced(places)
+            self.pos_embed = nn.Parameter(torch.empty(1, self.places.tokens, new_width, **factory))
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def reduce(self, x: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
         """`(B, N, C)` to `(B, M, C')`, and what the M tokens are."""
+        after = self.reduced(layout)
+        y = self._reduced_tokens(x, layout)
+        if self.pos_embed is not None:
+            y = y + resample_abs_pos_embed(
+                self.pos_embed,
+                new_size=list(_image(after)),
+                old_size=list(_image(self.places)),
+                num_prefix_tokens=after.prefix,
+            )
+        return y, after
+
+    def _reduced_tokens(self, x: Tensor, layout: Layout) -> Tensor:
         cells = self._cells(layout)
         first = layout.tokens - cells.cells
         if not first:
-            return self._pool(x, cells.grid, self.norm), self.reduced(layout)
-        prefix = x[:, :first] if self.beside is None else self.beside(x[:, :first])
+            return self._pool(x, cells.grid, self.norm)
         pooled = self._pool(x[:, first:], cells.grid, None)
-        x = torch.cat([prefix.to(pooled.dtype), pooled], dim=1)
-        return x if self.norm is None else self.norm(x), self.reduced(layout)
+        prefix = x[:, :first] if self.beside is None else self.beside(x[:, :first])
+        pooled = torch.cat([prefix.to(pooled.dtype), pooled], dim=1)
+        return pooled if self.norm is None else self.norm(pooled)
 
     def reduced(self, layout: Layout) -> Layout:
         if not self.inside:
@@ -129,15 +152,18 @@ class StagePool(GridPool):
             after = {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
         conv = self.conv
         if conv is None:
-            x, _ = token_pool(x, grid, kind=self.kind, dims=self.dims, **after)
-            return x
+            return token_pool(x, grid, kind=self.kind, dims=self.dims, **after)[0]
+        dtype = x.dtype
+        products = autocast_dtype(x.device.type)
+        if products is not None and dtype != torch.float64:
+            x = x.to(products)
         weights: dict[str, Any] = {"weight": conv.weight, "bias": conv.bias, "groups": conv.groups}
         if self.dims == 2:
             x, _ = token_pool(x, grid, kind="conv", dims=2, **weights, **after)
-            return x
-        x, _ = token_pool(x, grid, kind="conv", dims=1, stride=1, **weights)
-        x, _ = token_pool(x, grid, kind="max", dims=1, **after)
-        return x
+        else:
+            x, _ = token_pool(x, grid, kind="conv", dims=1, stride=1, **weights)
+            x, _ = token_pool(x, grid, kind="max", dims=1, **after)
+        return x.to(dtype)  # the residual stream keeps its dtype, as everywhere under autocast
 
     def _transposed(self, y: Tensor, grid: tuple[int, ...]) -> Tensor:
         assert self.conv is not None
@@ -154,6 +180,11 @@ class StagePool(GridPool):
 
     def extra_repr(self) -> str:
         return f"{self.stage_kind}, dims={self.dims}" + ", prefix inside" * self.inside
+
+
+def _image(layout: Layout) -> tuple[int, int]:
+    """The grid; a sequence is a picture of one row."""
+    return layout.grid if len(layout.grid) == 2 else (1, layout.cells)  # type: ignore[return-value]
 
 
 def check_kind(kind: str) -> None:

@@ -26,6 +26,12 @@ Size = int | tuple[int, int]
 _POOLINGS = ("token", "avg", "avgmax", "max", "")
 
 
+class Stages(Stack):
+    """Layers that were made for their schedule: no host's layers stand behind them."""
+
+    built = True
+
+
 class PSViT(VisionTransformer):
     """A vision transformer that pools tokens between stages and shares attention maps within them.
 
@@ -39,6 +45,7 @@ class PSViT(VisionTransformer):
             1 (PSViT-1D) takes the tokens as a sequence with the class token in it.
         pool: "conv", "depthwise", "max", "avg" or "stride": see ``StagePool``.
         pool_norm: LayerNorm after each pool.
+        pool_positions: a position embedding is added again after each pool (HVT).
         prefix: "inside" pools the class token with the sequence (``dims=1`` only), "beside" lets it
             pass, through a linear layer where the width changes. None: inside for ``dims=1``.
         class_token: None: for ``dims=1`` only.
@@ -69,6 +76,7 @@ class PSViT(VisionTransformer):
         dims: Literal[1, 2] = 2,
         pool: StageKind = "conv",
         pool_norm: bool = True,
+        pool_positions: bool = False,
         prefix: Literal["inside", "beside"] | None = None,
         class_token: bool | None = None,
         global_pool: str | None = None,
@@ -103,19 +111,23 @@ class PSViT(VisionTransformer):
         inside = _inside(prefix, dims)
         factory = {"device": device, "dtype": dtype}
         norm = get_norm_layer(norm_layer) or LayerNorm
-        pools = [
-            StagePool(
-                pool,
-                before,
-                after,
-                dims=dims,
-                prefix=int(class_token),
-                inside=inside,
-                norm=pool_norm,
-                **factory,
+        pools = []
+        layout = _patches(img_size, patch_size, int(class_token))
+        for before, after in itertools.pairwise(widths):
+            pools.append(
+                StagePool(
+                    pool,
+                    before,
+                    after,
+                    dims=dims,
+                    prefix=int(class_token),
+                    inside=inside,
+                    norm=pool_norm,
+                    places=layout if pool_positions else None,
+                    **factory,
+                )
             )
-            for before, after in itertools.pairwise(widths)
-        ]
+            layout = pools[-1].reduced(layout)
         _check_size(img_size, patch_size, int(class_token), pools)
         super().__init__(
             img_size=img_size,
@@ -152,7 +164,7 @@ class PSViT(VisionTransformer):
             for width, rate in _layers(widths, schedule, drop_path_rate)
         ]
         source = GridSource()
-        self.blocks = Stack(
+        self.blocks = Stages(
             nn.Sequential(),
             {
                 str(i): _block(layer, i, schedule.donors[i], keep_unused)
@@ -307,6 +319,11 @@ class PSViT(VisionTransformer):
         _check_size(size, patch, self.num_prefix_tokens, self._pools())
         super().set_input_size(_pair(size), patch_size)
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone: class token, position embeddings."""
+        again = {name for name, _ in self.named_parameters() if name.endswith(".pos_embed")}
+        return super().no_weight_decay() | again
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """For timm's layer-wise learning rates: a pool belongs to the layer after it."""
         places = [
@@ -387,6 +404,11 @@ def _check_size(
             f"from {fewest * down} x {fewest * across} on; next to it: {near}"
         )
     return layouts
+
+
+def _patches(img_size: Size, patch_size: Size, prefix: int) -> Layout:
+    (height, width), (down, across) = _pair(img_size), _pair(patch_size)
+    return Layout(prefix, (height // down, width // across))
 
 
 def _stages(h: int, w: int, prefix: int, pools: Sequence[StagePool]) -> list[Layout] | None:
