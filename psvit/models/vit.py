@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -19,11 +18,16 @@ from ..block import Block
 from ..layout import GridSource, Layout, RecordGrid
 from ..schedule import Schedule
 from ..stack import Stack
+from .arguments import (
+    Size,
+    global_pooling,
+    is_inside,
+    pair,
+    patch_layout,
+    stage_layouts,
+    stage_widths,
+)
 from .pool import StageKind, StagePool, check_kind
-
-Size = int | tuple[int, int]
-
-_POOLINGS = ("token", "avg", "avgmax", "max", "")
 
 
 class Stages(Stack):
@@ -103,38 +107,22 @@ class PSViT(VisionTransformer):
         dtype: Any = None,
     ) -> None:
         schedule = Schedule.parse(schedule)
-        widths = _stage_widths(widths, schedule, head_dim)
+        widths = stage_widths(widths, schedule, head_dim)
         check_kind(pool)  # where there are no pools too
         if dims not in (1, 2):
             raise ValueError(f"dims: got {dims!r}, expected 1 or 2")
         class_token = dims == 1 if class_token is None else class_token
-        inside = _inside(prefix, dims)
+        inside = is_inside(prefix, dims)
         factory = {"device": device, "dtype": dtype}
-        norm = get_norm_layer(norm_layer) or LayerNorm
-        pools = []
-        layout = _patches(img_size, patch_size, int(class_token))
-        for before, after in itertools.pairwise(widths):
-            pools.append(
-                StagePool(
-                    pool,
-                    before,
-                    after,
-                    dims=dims,
-                    prefix=int(class_token),
-                    inside=inside,
-                    norm=pool_norm,
-                    places=layout if pool_positions else None,
-                    **factory,
-                )
-            )
-            layout = pools[-1].reduced(layout)
-        _check_size(img_size, patch_size, int(class_token), pools)
+        patches = patch_layout(img_size, patch_size, int(class_token))
+        pools = _pools(pool, widths, patches, dims, inside, pool_norm, pool_positions, factory)
+        stage_layouts(img_size, patch_size, int(class_token), pools)
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,  # type: ignore[arg-type]
             in_chans=in_chans,
             num_classes=0,
-            global_pool=_global_pool(global_pool, class_token),  # type: ignore[arg-type]
+            global_pool=global_pooling(global_pool, class_token),  # type: ignore[arg-type]
             embed_dim=widths[0],
             depth=0,
             class_token=class_token,
@@ -146,30 +134,26 @@ class PSViT(VisionTransformer):
             weight_init="skip",  # type: ignore[arg-type]
             **factory,
         )
-        layers = [
-            TimmBlock(
-                width,
-                width // head_dim,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                qk_norm=qk_norm,
-                init_values=init_values,
-                proj_drop=proj_drop_rate,
-                attn_drop=attn_drop_rate,
-                drop_path=rate,
-                norm_layer=norm,
-                act_layer=get_act_layer(act_layer) or nn.GELU,
-                **factory,
-            )
-            for width, rate in _layers(widths, schedule, drop_path_rate)
-        ]
+        norm = get_norm_layer(norm_layer) or LayerNorm
+        layers = _layers(
+            schedule,
+            widths,
+            head_dim,
+            drop_path_rate,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            init_values=init_values,
+            proj_drop=proj_drop_rate,
+            attn_drop=attn_drop_rate,
+            norm_layer=norm,
+            act_layer=get_act_layer(act_layer) or nn.GELU,
+            **factory,
+        )
         source = GridSource()
         self.blocks = Stages(
             nn.Sequential(),
-            {
-                str(i): _block(layer, i, schedule.donors[i], keep_unused)
-                for i, layer in enumerate(layers)
-            },
+            _blocks(layers, schedule, keep_unused),
             schedule,
             prefix=self.num_prefix_tokens,
             grid=source,
@@ -205,7 +189,9 @@ class PSViT(VisionTransformer):
         """
         embedding = self.patch_embed
         size = embedding.img_size if img_size is None else img_size
-        return _check_size(size, embedding.patch_size, self.num_prefix_tokens, self._pools())
+        return stage_layouts(
+            size, embedding.patch_size, self.num_prefix_tokens, self._stage_pools()
+        )
 
     # timm's masks are left out: a mask doesn't say what it means for pooled tokens.
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -305,7 +291,7 @@ class PSViT(VisionTransformer):
             ValueError: an unknown pooling, or "token" without a class token.
         """
         if global_pool is not None:
-            global_pool = _global_pool(global_pool, self.has_class_token)
+            global_pool = global_pooling(global_pool, self.has_class_token)
         super().reset_classifier(num_classes, global_pool)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
@@ -316,8 +302,8 @@ class PSViT(VisionTransformer):
         """
         size = img_size or self.patch_embed.img_size
         patch = patch_size or self.patch_embed.patch_size
-        _check_size(size, patch, self.num_prefix_tokens, self._pools())
-        super().set_input_size(_pair(size), patch_size)
+        stage_layouts(size, patch, self.num_prefix_tokens, self._stage_pools())
+        super().set_input_size(pair(size), patch_size)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay leaves alone: class token, position embeddings."""
@@ -332,7 +318,7 @@ class PSViT(VisionTransformer):
         matcher = super().group_matcher(coarse)
         return {**matcher, "blocks": [*places, *matcher["blocks"]]}
 
-    def _pools(self) -> list[StagePool]:
+    def _stage_pools(self) -> list[StagePool]:
         return [self.blocks.pool(i) for i in range(len(self.schedule.pools))]  # type: ignore[misc]
 
     def _check_images(self, x: Tensor) -> None:
@@ -343,109 +329,57 @@ class PSViT(VisionTransformer):
         self.layouts(tuple(x.shape[-2:]))  # type: ignore[arg-type]
 
 
-# --- arguments ------------------------------------------------------------------------------
-
-
-def _stage_widths(
-    widths: int | Sequence[int], schedule: Schedule, head_dim: int
-) -> tuple[int, ...]:
-    stages = len(schedule.stages)
-    found = (widths,) * stages if isinstance(widths, int) else tuple(widths)
-    if len(found) != stages:
-        raise ValueError(
-            f'widths: got {len(found)} ({", ".join(map(str, found))}) for schedule "{schedule}", '
-            f"expected {stages}, one a stage"
-        )
-    for width in found:
-        if width < 1 or width % head_dim:
-            raise ValueError(f"widths: got {width}, expected a multiple of head_dim, {head_dim}")
-    return found
-
-
-def _inside(prefix: str | None, dims: int) -> bool:
-    if prefix not in (None, "inside", "beside"):
-        raise ValueError(f'prefix: got "{prefix}", expected "inside" or "beside"')
-    if prefix == "inside" and dims == 2:
-        raise ValueError(
-            'prefix: got "inside" for dims=2, expected "beside"; a class token has no place in '
-            "the grid"
-        )
-    return dims == 1 and prefix != "beside"
-
-
-def _global_pool(name: str | None, class_token: bool) -> str:
-    if name is None:
-        return "token" if class_token else "avg"
-    known = _POOLINGS if class_token else _POOLINGS[1:]
-    if name not in known:
-        has = "a" if class_token else "no"
-        raise ValueError(
-            f'global_pool: got "{name}" for a model with {has} class token, expected one of '
-            + ", ".join(f'"{pooling}"' for pooling in known)
-        )
-    return name
-
-
-def _check_size(
-    img_size: Size, patch_size: Size, prefix: int, pools: Sequence[StagePool]
-) -> list[Layout]:
-    """What the tokens of each stage are."""
-    (height, width), (down, across) = _pair(img_size), _pair(patch_size)
-    fits = height % down == 0 and width % across == 0
-    layouts = _stages(height // down, width // across, prefix, pools) if fits else None
-    if layouts is None:
-        fewest = next(n for n in itertools.count(1) if _stages(n, n, prefix, pools))
-        patch = str(down) if down == across else f"{down} (height) and {across} (width)"
-        near = " or ".join(
-            f"{n * down} x {m * across}" for n, m in _near(height / down, width / across, fewest)
-        )
-        raise ValueError(
-            f"img_size: got {height} x {width}, expected multiples of {patch}, "
-            f"from {fewest * down} x {fewest * across} on; next to it: {near}"
-        )
-    return layouts
-
-
-def _patches(img_size: Size, patch_size: Size, prefix: int) -> Layout:
-    (height, width), (down, across) = _pair(img_size), _pair(patch_size)
-    return Layout(prefix, (height // down, width // across))
-
-
-def _stages(h: int, w: int, prefix: int, pools: Sequence[StagePool]) -> list[Layout] | None:
-    """None if a pool would find nothing to pool."""
-    layouts = [Layout(prefix, (h, w))]
-    for pool in pools:
-        layouts.append(pool.reduced(layouts[-1]))
-    fewer = all(after.tokens < before.tokens for before, after in itertools.pairwise(layouts))
-    return layouts if fewer and h and w else None
-
-
-def _near(h: float, w: float, fewest: int) -> list[tuple[int, int]]:
-    sizes = [(max(fewest, f(h)), max(fewest, f(w))) for f in (math.floor, math.ceil)]
-    return sorted(set(sizes))
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 # --- parts ----------------------------------------------------------------------------------
 
 
+def _pools(
+    kind: StageKind,
+    widths: tuple[int, ...],
+    layout: Layout,
+    dims: Literal[1, 2],
+    inside: bool,
+    norm: bool,
+    positions: bool,
+    factory: dict[str, Any],
+) -> list[StagePool]:
+    pools = []
+    for before, after in itertools.pairwise(widths):
+        pool = StagePool(
+            kind,
+            before,
+            after,
+            dims=dims,
+            prefix=layout.prefix,
+            inside=inside,
+            norm=norm,
+            places=layout if positions else None,
+            **factory,
+        )
+        pools.append(pool)
+        layout = pool.reduced(layout)
+    return pools
+
+
 def _layers(
-    widths: tuple[int, ...], schedule: Schedule, drop_path: float
-) -> Iterator[tuple[int, float]]:
-    """Width and drop path of each layer; the latter grows from 0, as everywhere."""
-    for width, stage in zip(widths, schedule.stages, strict=True):
-        for i in stage:
-            yield width, drop_path * i / max(1, schedule.depth - 1)
+    schedule: Schedule, widths: tuple[int, ...], head_dim: int, drop_path: float, **options: Any
+) -> list[TimmBlock]:
+    """timm's own; drop path grows from 0 to its rate, as everywhere."""
+    rates = [drop_path * i / max(1, schedule.depth - 1) for i in range(schedule.depth)]
+    return [
+        TimmBlock(width, width // head_dim, drop_path=rates[i], **options)
+        for width, stage in zip(widths, schedule.stages, strict=True)
+        for i in stage
+    ]
 
 
-def _block(layer: TimmBlock, index: int, donor: int, keep_unused: bool) -> Block:
-    attention = FusedAttention(layer.attn, donor != index, index)
-    if attention.shares and not keep_unused:
-        attention.strip()
-    return Block(layer, NAMES, attention, donor)
+def _blocks(layers: list[TimmBlock], schedule: Schedule, keep_unused: bool) -> dict[str, Block]:
+    blocks = {}
+    for i, (layer, donor) in enumerate(zip(layers, schedule.donors, strict=True)):
+        attention = FusedAttention(layer.attn, donor != i, i)
+        if attention.shares and not keep_unused:
+            attention.strip()
+        blocks[str(i)] = Block(layer, NAMES, attention, donor)
+    return blocks
 
 
 def _feature_info(
