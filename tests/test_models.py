@@ -516,6 +516,19 @@ def test_compiles_without_a_graph_break_and_exports(dims):
     torch.testing.assert_close(exported(x), model(x))
 
 
+@DIMS
+def test_images_and_batches_of_several_sizes_go_through_one_graph(dims):
+    torch.compiler.reset()
+    model, x = small(dims=dims), hosts.images()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for image in (x, hosts.images(3, 3, 24, 40)):
+        torch.testing.assert_close(compiled(image), model(image))
+    with torch.no_grad():
+        sizes = ({0: torch.export.Dim("batch")},)
+        exported = torch.export.export(model, (x,), dynamic_shapes=sizes).module()
+    torch.testing.assert_close(exported(x[:1]), model(x[:1]))
+
+
 def test_maps_can_be_recorded():
     model = small(dims=1)
     with psvit.record_maps(model) as maps:
@@ -555,6 +568,9 @@ BAD = [
         lambda: small("A", 8, pool="mean"),
         "pool: got 'mean', expected one of conv, depthwise, max, avg, stride",
     ),
+    (lambda: small(patch_size=0), "patch_size: got 0, expected a whole number from 1 up"),
+    (lambda: small(img_size="32"), "img_size: got '32', expected a whole number from 1 up"),
+    (lambda: small(num_classes=-1), "num_classes: got -1, expected a whole number from 0 up"),
     (lambda: small(dims=3), "dims: got 3, expected 1 or 2"),
     (lambda: small(prefix="in"), 'prefix: got "in", expected "inside" or "beside"'),
     (

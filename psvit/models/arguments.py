@@ -15,6 +15,14 @@ Size = int | tuple[int, int]
 _POOLINGS = ("token", "avg", "avgmax", "max", "")
 
 
+def check_number(name: str, value: object, least: int) -> None:
+    """Raises unless it is a whole number, or a pair of them."""
+    pair_of = isinstance(value, (tuple, list)) and len(value) == 2
+    for number in value if pair_of else (value,):  # type: ignore[attr-defined]
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"{name}: got {value!r}, expected a whole number from {least} up")
+
+
 def stage_widths(widths: int | Sequence[int], schedule: Schedule, head_dim: int) -> tuple[int, ...]:
     stages = len(schedule.stages)
     found = (widths,) * stages if isinstance(widths, int) else tuple(widths)
@@ -84,7 +92,7 @@ def _stages(h: int, w: int, prefix: int, pools: Sequence[StagePool]) -> list[Lay
     for pool in pools:
         layouts.append(pool.reduced(layouts[-1]))
     fewer = all(after.tokens < before.tokens for before, after in itertools.pairwise(layouts))
-    return layouts if fewer and h and w else None
+    return layouts if fewer and h > 0 and w > 0 else None
 
 
 def _near(h: float, w: float, fewest: int) -> list[tuple[int, int]]:

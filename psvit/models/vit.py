@@ -20,6 +20,7 @@ from ..schedule import Schedule
 from ..stack import Stack
 from .arguments import (
     Size,
+    check_number,
     global_pooling,
     is_inside,
     pair,
@@ -106,6 +107,10 @@ class PSViT(VisionTransformer):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        for name, value in (("head_dim", head_dim), ("in_chans", in_chans), ("img_size", img_size)):
+            check_number(name, value, least=1)
+        check_number("patch_size", patch_size, least=1)
+        check_number("num_classes", num_classes, least=0)
         schedule = Schedule.parse(schedule)
         widths = stage_widths(widths, schedule, head_dim)
         check_kind(pool)  # where there are no pools too
