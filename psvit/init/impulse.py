@@ -144,7 +144,7 @@ def _report(
     report = report_of(views, chosen, targets)
     remarks = list(report.remarks)
     if any(row.missing for row in report.rows):
-        remarks.append("Layers without one were left as they were.")
+        remarks.append("Those layers were left as they were.")
     if method == "closed_form" and any(is_uniform(views[row.layer], row) for row in report.rows):
         remarks.append(
             "The closed form needs a position embedding whose largest singular values are alike, "

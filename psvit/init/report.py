@@ -24,7 +24,7 @@ class Row(NamedTuple):
         offsets: (dy, dx) of each head's target.
         mass: attention on the target, 0 to 1.
         argmax: part of the tokens that look at their target more than at any other.
-        missing: why there is no position embedding to measure with; then the others are empty.
+        missing: why its map doesn't follow from positions; then the others are empty.
     """
 
     layer: int
@@ -186,7 +186,7 @@ def _remarks(views: Sequence[AttentionView], rows: Sequence[Row]) -> list[str]:
         )
     for reason in dict.fromkeys(row.missing for row in rows if row.missing):
         without = [row for row in rows if row.missing == reason]
-        remarks.append(f"No position embedding: {_numbers(without)} ({reason}).")
+        remarks.append(f"Maps that don't follow from positions: {_numbers(without)} ({reason}).")
     uniform = [row for row in rows if is_uniform(views[row.layer], row)]
     if uniform:
         share = 1 / math.prod(views[uniform[0].layer].places.grid)

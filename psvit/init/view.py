@@ -87,7 +87,8 @@ def attention_views(model: nn.Module, pos_scale: float = 1.0) -> list[AttentionV
     if not isinstance(blocks, Stack):
         places = Places((h, w), _normalised(rows))
         return [_view(layer, layer, block.attn, places) for layer, block in enumerate(blocks)]
-    stages = _stages(rows, (h, w), [blocks.pool(i) for i in range(blocks.stages[-1])])
+    pools = [blocks.pool(i) for i in range(blocks.stages[-1])]
+    stages = _stages(rows, Layout(blocks.prefix, (h, w)), pools)
     return [
         _view(layer, donor, blocks.block(layer).attention_layer, stages[stage])
         for layer, (donor, stage) in enumerate(zip(blocks.donors, blocks.stages, strict=True))
@@ -122,32 +123,36 @@ def _position_embedding(model: nn.Module) -> Tensor:
     return position
 
 
-def _stages(rows: Tensor, grid: tuple[int, int], pools: Sequence[GridPool]) -> list[Places]:
+def _stages(rows: Tensor, layout: Layout, pools: Sequence[GridPool]) -> list[Places]:
     """The position embedding of each stage: it goes through the pools as the tokens do.
 
-    That is what a pool makes of it only if the pool is linear; after a maximum over tokens there
-    is nothing that could be said without an image, and a pooled sequence has no grid.
+    That is what a pool makes of it only if the pool is linear (norms aside); after a maximum over
+    tokens there is nothing that could be said without an image, and a pooled sequence has no grid.
     """
-    layout = Layout(0, grid)
-    stages = [Places(grid, _normalised(rows))]
+    stages = [Places(_sides(layout), _normalised(rows))]
     missing = ""
     for pool in pools:
         kind = getattr(pool, "stage_kind", pool.kind)  # what a pool of PSViT models is as a whole
         if kind == "max":
-            missing = missing or "after a max pool no position embedding is left apart from content"
+            missing = missing or "after a max pool positions can't be told apart from content"
         elif pool.dims == 1:
             missing = missing or "after a pool of the sequence the tokens have no grid"
-        before, layout = layout, pool.reduced(layout)
-        h, w = layout.grid if len(layout.grid) == 2 else (1, layout.cells)
         if missing:
-            stages.append(Places((h, w), None, missing))
+            layout = pool.reduced(layout)
+            stages.append(Places(_sides(layout), None, missing))
             continue
         like = next(pool.parameters(), rows)
+        beside = rows.new_zeros(layout.prefix, rows.shape[1])  # nothing of it gets to the patches
         with torch.no_grad():
-            pooled, _ = pool.reduce(rows.to(like).unsqueeze(0), before)
-        rows = pooled[0].double().cpu()
-        stages.append(Places((h, w), _normalised(rows)))
+            pooled, layout = pool.reduce(torch.cat([beside, rows]).to(like).unsqueeze(0), layout)
+        rows = pooled[0, layout.prefix :].double().cpu()
+        stages.append(Places(_sides(layout), _normalised(rows)))
     return stages
+
+
+def _sides(layout: Layout) -> tuple[int, int]:
+    h, w = layout.grid if len(layout.grid) == 2 else (1, layout.cells)
+    return h, w
 
 
 def _normalised(rows: Tensor) -> Tensor:
