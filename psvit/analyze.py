@@ -175,6 +175,11 @@ def _observed(model: nn.Module) -> nn.Module:
         depth = len(adapters.find(model).layers)
         return accelerate(model, ATTEND * depth).eval()
     if not container.schedule.is_plain:
+        if container.built:
+            raise ValueError(
+                f'model: was made for its schedule "{container.schedule}"; analyze one of timm\'s '
+                f"ViTs, or a PSViT whose layers all attend, without pools"
+            )
         raise ValueError(
             f'model: is converted already, to schedule "{container.schedule}"; analyze the '
             f"original, or call psvit.restore on it first"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import re
 import subprocess
@@ -420,7 +419,7 @@ def test_timm_knows_the_presets_and_its_training_script_gets_what_it_asks_for():
 )
 def test_timm_knows_the_presets_whichever_is_imported_first(code):
     check = "assert len(timm.list_models('psvit_*')) == 12"
-    _python(f"import warnings; warnings.simplefilter('error', UserWarning); {code}; {check}")
+    _python(f"import warnings; warnings.filterwarnings('error', 'Overwriting'); {code}; {check}")
 
 
 def test_without_timm_psvit_works_and_a_model_says_what_is_missing():
@@ -436,7 +435,7 @@ def test_without_timm_psvit_works_and_a_model_says_what_is_missing():
 
 
 def _python(code: str) -> None:
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ}, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
 def test_a_new_classifier_has_the_width_of_the_last_stage():
@@ -615,6 +614,11 @@ BAD = [
         lambda: psvit.accelerate(small(), "AAAAAAAA"),
         f'model: got PSViT, which was made for its schedule "{SCHEDULE}", expected a host\'s '
         "model; for another schedule make another PSViT",
+    ),
+    (
+        lambda: psvit.analyze(small(), IMAGE),
+        f'model: was made for its schedule "{SCHEDULE}"; analyze one of timm\'s ViTs, or a PSViT '
+        "whose layers all attend, without pools",
     ),
     (
         lambda: psvit.restore(small()),
