@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
@@ -29,7 +30,7 @@ class MapSlot:
         self.record = record
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, ABC):
     """Self-attention over a host's own projections, which it holds by reference under their names.
 
     An adapter says in a subclass where the projections are: ``project``, ``project_values``,
@@ -93,27 +94,27 @@ class Attention(nn.Module):
                 slot.record(attn_map.dense())
         return self.finish(out.transpose(1, 2).flatten(2), x)
 
+    @abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, `(B, H, N, d)` each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def project_values(self, x: Tensor) -> Tensor:
         """Values alone, `(B, H, N, d)`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """What the host does with the merged heads, `(B, N, H d)`, to make `(B, N, C)` of them."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def attention_dropout(self) -> float:
         """Probability with which an element of the map is dropped, where it is applied."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def unused(self) -> tuple[str, ...]:
         """Names of the children that a sharing layer doesn't need at all."""
-        raise NotImplementedError
 
     def strip(self) -> None:
         """Drops the parameters that a sharing layer doesn't need. Not to be undone."""
