@@ -32,7 +32,7 @@ MIN_CAPABILITY = (8, 0)
 MAX_TOKENS = 272  # of a row of scores, which attention keeps in registers
 MAX_HEAD_DIM = 128
 MAX_POOL_CHANNELS = 2048
-MAX_POOL_WEIGHTS = 24 * 1024  # of a depthwise convolution and its bias, in shared memory
+MAX_POOL_WEIGHTS = 24 * 1024  # of a depthwise convolution and its tap of ones, in shared memory
 SM_80, HOPPER = "sm_80", "sm_90a"
 #: Bytes of shared memory that a block may have on Hopper.
 HOPPER_SHARED = 232_448

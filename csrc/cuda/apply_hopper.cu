@@ -34,7 +34,7 @@ PSVIT_DEVICE void initialise_barriers(const ApplyMemory& memory, u32 base) {
     }
 }
 
-// --- the warp that copies -----------------------------------------------------------------------
+// --- the thread that copies ---------------------------------------------------------------------
 
 PSVIT_DEVICE void load_values(const Parameters& p, const Item& item, u32 base, int buffer) {
     const u32 full = base + p.memory.v_full(buffer);
