@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-from collections import Counter
-from importlib import util
 from pathlib import Path
-from typing import NamedTuple
 
 import building
+import machine_code
 import pytest
+from machine_code import Kernel, read, readable
 
 if (reason := building.unavailable()) is not None:
     pytest.skip(f"nothing can be compiled here: {reason}", allow_module_level=True)
@@ -31,18 +27,6 @@ NO_PRODUCT = ("pool",)
 REGISTERS = 64 * 1024  # of a multiprocessor, at least one block's
 
 
-class Kernel(NamedTuple):
-    """One kernel in the machine code of one architecture."""
-
-    name: str
-    architecture: str
-    registers: int
-    stack: int
-    spills: int
-    threads: int  # of a block, as its launch bounds state
-    instructions: Counter[str]
-
-
 @pytest.fixture(scope="module")
 def folder(cuda_objects) -> Path:
     found = cuda_objects.result()
@@ -53,12 +37,7 @@ def folder(cuda_objects) -> Path:
 
 @pytest.fixture(scope="module")
 def cuobjdump() -> str:
-    """Beside nvcc, or in Triton's package."""
-    nvcc, triton = setup.find_nvcc(), util.find_spec("triton")
-    folders = [] if nvcc is None else [str(Path(nvcc).parent)]
-    if triton is not None and triton.origin is not None:
-        folders.append(str(Path(triton.origin).parent / "backends/nvidia/bin"))
-    program = shutil.which("cuobjdump", path=os.pathsep.join([*folders, os.environ["PATH"]]))
+    program = machine_code.find_cuobjdump()
     if program is None:
         pytest.skip("no cuobjdump beside nvcc, on PATH or in Triton's package")
     return program
@@ -109,70 +88,3 @@ def faults(source: str, kernel: Kernel) -> list[str]:
     if not uses(r"STG\.E.*\.128", "UTMASTG"):
         found.append("no stores of 16 bytes")
     return found
-
-
-# --- what the tools print ---------------------------------------------------------------------
-
-
-def read(object_file: Path, cuobjdump: str) -> list[Kernel]:
-    def dump(option: str) -> list[str]:
-        command = [cuobjdump, option, str(object_file)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        return done.stdout.split("\n")
-
-    report = reported(Path(f"{object_file}.log").read_text())
-    threads = launch_bounds(dump("-elf"))
-    return [
-        Kernel(name, arch, *report[name, arch], threads.get((name, arch), 0), instructions)
-        for (name, arch), instructions in disassembled(dump("-sass")).items()
-    ]
-
-
-def reported(log: str) -> dict[tuple[str, str], tuple[int, int, int]]:
-    """Registers, bytes of stack and of spills of each kernel, from ptxas's report."""
-    pattern = re.compile(
-        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill"
-        r" stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        re.DOTALL,
-    )
-    return {
-        (name, arch): (int(registers), int(stack), int(stores) + int(loads))
-        for name, arch, stack, stores, loads, registers in pattern.findall(log)
-    }
-
-
-def launch_bounds(elf: list[str]) -> dict[tuple[str, str], int]:
-    found, arch, name, wanted = {}, "", "", False
-    for line in elf:
-        if line.startswith("arch = "):
-            arch = line.removeprefix("arch = ")
-        elif line.startswith(".nv.info."):
-            name = line.removeprefix(".nv.info.")
-        elif "EIATTR_MAX_THREADS" in line:
-            wanted = True
-        elif wanted and "Value:" in line:
-            x, y, z = (int(number, 16) for number in line.split()[1:4])
-            found[name, arch], wanted = x * y * z, False
-    return found
-
-
-def disassembled(sass: list[str]) -> dict[tuple[str, str], Counter[str]]:
-    """How often each instruction stands in each kernel."""
-    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-    found: dict[tuple[str, str], Counter[str]] = {}
-    arch, current = "", Counter[str]()
-    for line in sass:
-        if line.startswith("arch = "):
-            arch = line.removeprefix("arch = ")
-        elif "Function : " in line:
-            current = found.setdefault((line.split()[-1], arch), Counter())
-        elif match := instruction.match(line):
-            current[match[1]] += 1
-    return found
-
-
-def readable(kernel: Kernel) -> str:
-    name = kernel.name
-    if shutil.which("c++filt"):
-        name = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
-    return f"{kernel.architecture}, {name}"
