@@ -91,9 +91,16 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2))
 
 
-def open_result(stack: ExitStack, place: AbstractContextManager[Path], what: str) -> Path:
-    """Enters ``whole_file`` or ``whole_folder``, before the work: a bad place shows at once."""
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns the OSError of a place that can't be written into bad input."""
     try:
-        return stack.enter_context(place)
+        yield
     except OSError as error:
         raise BadInputError(f"{what} can't be written: {one_line(error)}") from error
+
+
+def open_result(stack: ExitStack, place: AbstractContextManager[Path], what: str) -> Path:
+    """Enters ``whole_file`` or ``whole_folder``, before the work: a bad place shows at once."""
+    with writing(what):
+        return stack.enter_context(place)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..console import print_tables, short, table
 from ..timing import unsteady
-from .common import BadInputError, add_json, need, one_line, positive, print_json
+from .common import add_json, need, positive, print_json, writing
 
 EXAMPLES = """\
 examples:
@@ -50,10 +50,8 @@ def run(args: argparse.Namespace) -> int:
     chosen: dict[str, Any] = {"seed": args.seed}
     if args.epochs:
         chosen |= {"epochs": args.epochs, "tune_epochs": max(1, args.epochs * 2 // 5)}
-    try:
+    with writing("--output"):
         results = run_demo(Settings(**chosen), args.output)
-    except OSError as error:
-        raise BadInputError(f"--output can't be written: {one_line(error)}") from error
     if args.json:
         print_json(results)
     else:

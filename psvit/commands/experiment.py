@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import print_tables, table
-from .common import BadInputError, add_json, bad_input, need, one_line, positive, print_json
+from .common import BadInputError, add_json, bad_input, need, positive, print_json, writing
 
 EXAMPLES = """\
 examples:
@@ -64,10 +64,8 @@ def run(args: argparse.Namespace) -> int:
     )
     with bad_input():
         check(settings)
-    try:
+    with writing("--output"):
         results = run_experiment(settings, args.output)
-    except OSError as error:
-        raise BadInputError(f"--output can't be written: {one_line(error)}") from error
     if args.json:
         print_json(results)
     else:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..bench.machine import commit, machine, versions
 from ..console import progress as console_progress
 from ..digits import Digits, accuracy
 from ..files import whole_folder
@@ -136,7 +137,9 @@ def run(settings: Settings, output: Path, progress: Progress = console_progress)
         results = {
             "settings": asdict(settings),
             "test_images": len(Digits.load().test_images),
-            "versions": {"torch": torch.__version__},
+            "machine": machine(),
+            "versions": versions(),
+            "commit": commit(),
             "epochs": epochs,
             "accuracy": curves,
             "rows": [_row(settings, epochs, curves, name) for name in ARMS],
