@@ -156,3 +156,18 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
     monkeypatch.setattr(probe, "_measure", measure)
     return devices
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    """Where a session of the GPU runner keeps its results."""
+    from bench.gpu import session  # whose path the tests that ask for it have added
+
+    return session.Store(tmp_path / "results")
+
+
+@pytest.fixture
+def kernels():
+    """The CUDA provider as it is, which refuses gradients; skips where a GPU is no Hopper."""
+    with helpers.cuda_kernels("sm_90a", gradients=False):
+        yield
