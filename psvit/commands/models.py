@@ -6,10 +6,12 @@ import argparse
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..weights import fill, read_state
 from .common import BadInputError, bad_input, need, numbers, one_line, span
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def load(args: argparse.Namespace) -> Loaded:
     from .. import adapters
     from ..images import preprocess_of
 
-    state = None if args.weights is None else read_state(args.weights)
+    state = None if args.weights is None else _read(args.weights)
     kind, colon, rest = args.model.partition(":")
     if kind == "hf" and colon:
         model, preprocess = _from_transformers(Path(rest))
@@ -95,12 +97,29 @@ def load(args: argparse.Namespace) -> Loaded:
     if args.pretrained and weights is None:
         weights = "pretrained"
     if state is not None:
-        _fill(model, state, args)
+        with _weights_option():
+            fill(model, state, args.weights, args.model)
         weights = str(args.weights)
     with bad_input():
         depth = len(adapters.find(model).layers)
     preprocess = _overridden(preprocess, args)
     return Loaded(args.model, model.float().eval(), preprocess, weights, depth)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        need("demo", "safetensors")
+    with _weights_option():
+        return read_state(path)
+
+
+@contextmanager
+def _weights_option() -> Iterator[None]:
+    """Turns the ValueError of weights that don't fit into bad input."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInputError(f"--weights: {error}") from error
 
 
 def _overridden(preprocess: Preprocess, args: argparse.Namespace) -> Preprocess:
@@ -225,61 +244,6 @@ def _preprocess_of_folder(folder: Path, config: Mapping[str, Any]) -> Preprocess
         std=tuple(said.get("image_std") or half),
         crop=1.0,
     )
-
-
-# --- weights --------------------------------------------------------------------------------
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file of safetensors or PyTorch, in float32.
-
-    Raises:
-        BadInputError: missing, not such a file, or no state dict in it.
-    """
-    if not path.is_file():
-        raise BadInputError(f"--weights: {path}: no such file")
-    try:
-        state = _read_any(path)
-    except BadInputError:
-        raise
-    except Exception as error:  # safetensors and pickle raise what they like on a bad file
-        raise BadInputError(f"--weights: {path} can't be read: {one_line(error)}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    tensors = {k: v for k, v in state.items() if hasattr(v, "float")}
-    if not tensors:
-        raise BadInputError(f"--weights: {path} holds no state dict")
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-
-
-def _read_any(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        need("demo", "safetensors")
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    import torch
-
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _fill(model: nn.Module, state: Mapping[str, Tensor], args: argparse.Namespace) -> None:
-    own = model.state_dict()
-    wrong = [
-        f"{text} {names[0]} ({len(names)})"
-        for text, names in (
-            ("it lacks", [k for k in own if k not in state]),
-            ("it has an unknown", [k for k in state if k not in own]),
-            ("another shape of", [k for k in own if k in state and own[k].shape != state[k].shape]),
-        )
-        if names
-    ]
-    if wrong:
-        raise BadInputError(
-            f"--weights: {args.weights} doesn't fit {args.model}: {'; '.join(wrong)}"
-        )
-    model.load_state_dict(state)
 
 
 # --- outputs --------------------------------------------------------------------------------
