@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from psvit import cli
-from psvit.digits import Digits
-from psvit.init import experiment
-from psvit.init.experiment import ARMS, Settings, check, run
+from psvit.experiments import init as experiment
+from psvit.experiments.init import ARMS, Settings, check, run
 
 TINY = Settings(
     seeds=2, images=20, epochs=2, batch=10, every=1, early=1, width=16, depth=1, heads=1,
@@ -33,7 +31,7 @@ def silent(title: str, total: float) -> Iterator:
 
 def test_every_arm_and_control_runs_and_the_parts_add_up(tmp_path: Path) -> None:
     results = run(TINY, tmp_path / "out", silent)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["curves.png", "results.json"]
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 0
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     assert [row["name"] for row in results["rows"]] == list(ARMS)
     default = results["rows"][0]
@@ -48,11 +46,6 @@ def test_every_arm_and_control_runs_and_the_parts_add_up(tmp_path: Path) -> None
     assert control["end"]["rest"]["mean"] == pytest.approx(0)
 
 
-def test_processes_change_nothing() -> None:
-    one = [(replace(TINY, epochs=1), "impulse", 0)]
-    assert list(experiment._learned(one, 1)) == list(experiment._learned(one, 2))
-
-
 def test_arms_of_a_seed_share_their_default_weights_and_what_they_differ_in() -> None:
     models = {name: experiment._model(TINY, arm, seed=3) for name, arm in ARMS.items()}
     plain = models["timm default"].state_dict()
@@ -65,12 +58,6 @@ def test_arms_of_a_seed_share_their_default_weights_and_what_they_differ_in() ->
             assert torch.equal(state["pos_embed"], plain["pos_embed"] * factor)
 
 
-def test_the_few_images_have_each_digit_equally_often() -> None:
-    few = experiment._few(Digits.load(), 50, seed=1)
-    assert few.labels.bincount(minlength=10).tolist() == [5] * 10
-    assert not torch.equal(few.images, experiment._few(Digits.load(), 50, seed=2).images)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -81,15 +68,16 @@ def test_the_few_images_have_each_digit_equally_often() -> None:
 )
 def test_settings_that_are_refused(settings: Settings, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        check(settings)
+        check(settings, Path("none"))
     assert str(caught.value) == message
 
 
 def test_the_command_prints_a_table_with_the_scale_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(experiment, "_learned", lambda jobs, _: ([0.5] * 3 for _ in jobs))
-    arguments = ["experiment", "init", "--epochs", "3", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(experiment, "_learn", lambda *_: {"accuracy": [0.5] * 3})
+    arguments = ["experiment", "init", "--epochs", "3", "--processes", "1"]
+    arguments += ["--output", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "default + scale" in shown and "50.0 ± 0.0" in shown and "curves.png" in shown

@@ -3,53 +3,109 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..console import print_tables, table
+from ..console import print_tables, say, short, table
 from .common import BadInputError, add_json, bad_input, need, positive, print_json, writing
 
 EXAMPLES = """\
 examples:
   psvit experiment init
   psvit experiment init --seeds 5 --output init-5-seeds
-  psvit experiment init --json > init.json
+  psvit experiment shapes
+  psvit experiment shapes --data cifar10/ --patch 4 --device cuda --epochs 100 --images 5000
+  psvit experiment shapes --json > shapes.json
 
 init: what structured initialisation gains on few handwritten digits, and how much of it scaling
-the position embedding gains alone. Nothing is downloaded. It takes some minutes on two cores.
+the position embedding gains alone. shapes: DeiT's shape, PSViT-1D and PSViT-2D at equal FLOPs, on
+all handwritten digits or on images of 32 x 32. Each takes some minutes on two cores (with digits);
+nothing is downloaded. The folder keeps each run as soon as it is finished: the same command goes on
+where it was stopped.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=["init"], help="which experiment")
-    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="(default: 3)")
-    parser.add_argument(
+    names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    init = names.add_parser("init", help="what structured initialisation gains")
+    init.add_argument(
         "--epochs",
         type=positive,
         default=60,
         metavar="N",
         help="of training; the table has a third of them too (default: 60)",
     )
-    parser.add_argument(
+    init.add_argument(
         "--images", type=positive, default=200, metavar="N", help="of training (default: 200)"
     )
-    parser.add_argument(
-        "--processes", type=positive, default=2, metavar="N", help="at a time (default: 2)"
+    shapes = names.add_parser("shapes", help="DeiT's shape and PSViT's at equal FLOPs")
+    shapes.add_argument(
+        "--data",
+        default="digits",
+        metavar="DATA",
+        help="digits (default), a folder with CIFAR-10 as atlases, or an .npz file of 32 x 32",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("psvit-init"),
-        metavar="DIR",
-        help="folder for results.json and curves.png (default: psvit-init)",
+    shapes.add_argument(
+        "--patch", type=positive, metavar="N", help="pixels, 2 or 4 (default: 4; digits: 1)"
     )
-    add_json(parser)
+    shapes.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
+    shapes.add_argument(
+        "--epochs", type=positive, metavar="N", help="of training (default: 100; digits: 12)"
+    )
+    shapes.add_argument("--images", type=positive, metavar="N", help="of training (default: all)")
+    for one in (init, shapes):
+        one.add_argument("--seeds", type=positive, default=3, metavar="N", help="(default: 3)")
+        one.add_argument(
+            "--processes", type=positive, metavar="N", help="at a time (default: 2; cuda: 1)"
+        )
+        folder = Path(f"psvit-{one.prog.split()[-1]}")
+        one.add_argument(
+            "--output",
+            type=Path,
+            default=folder,
+            metavar="DIR",
+            help=f"folder for results.json, curves.png and runs (default: {folder})",
+        )
+        add_json(one)
 
 
 def run(args: argparse.Namespace) -> int:
     need("demo", "timm", "sklearn", "matplotlib")
-    from ..init.experiment import Settings, check
-    from ..init.experiment import run as run_experiment
+    try:
+        results, show = {"init": _init, "shapes": _shapes}[args.name](args)
+    except KeyboardInterrupt:
+        say(f"interrupted; {args.output} has the finished runs, the same command goes on")
+        return 130
+    if args.json:
+        print_json(results)
+    else:
+        print_tables(*show(results), _written(results, args.output))
+    return 0
+
+
+Results = dict[str, Any]
+Show = Callable[[Results], list[Any]]
+
+
+def _written(results: Results, output: Path) -> str:
+    return f"Took {results['seconds']:.0f} s. Written to {output}: results.json and curves.png."
+
+
+def _percent(found: dict[str, float]) -> str:
+    return f"{100 * found['mean']:.1f} ± {100 * found['deviation']:.1f}"
+
+
+def _points(found: dict[str, float]) -> str:
+    return f"{100 * found['mean']:+.1f}"
+
+
+# --- init -----------------------------------------------------------------------------------
+
+
+def _init(args: argparse.Namespace) -> tuple[Results, Show]:
+    from ..experiments.init import Settings, check
+    from ..experiments.init import run as run_experiment
 
     if args.epochs % 3:
         raise BadInputError(f"--epochs: got {args.epochs}, expected a multiple of 3")
@@ -60,50 +116,109 @@ def run(args: argparse.Namespace) -> int:
         epochs=args.epochs,
         every=next(step for step in (5, 2, 1) if third % step == 0),
         early=third,
-        processes=args.processes,
+        processes=args.processes or 2,
     )
     with bad_input():
-        check(settings)
+        check(settings, args.output)
     with writing("--output"):
-        results = run_experiment(settings, args.output)
-    if args.json:
-        print_json(results)
-    else:
-        _show(results, args.output)
-    return 0
+        return run_experiment(settings, args.output), _show_init
 
 
-def _show(results: dict[str, Any], output: Path) -> None:
+def _show_init(results: Results) -> list[Any]:
     settings = results["settings"]
     columns = [_header(settings[when]) for when in ("early", "epochs")]
     header = ("initialisation", *columns[0], *columns[1])
     rows = [
-        (row["name"], *(cell for when in ("early", "end") for cell in _cells(row, when)))
+        (row["name"], *(cell for when in ("early", "end") for cell in _cells(row[when])))
         for row in results["rows"]
     ]
     title = f"Digits, {settings['images']} training images, {settings['seeds']} seeds"
-    print_tables(table(title, header, rows), *_remarks(results, output))
+    first = results["rows"][0]["name"]
+    return [
+        table(title, header, rows),
+        _accuracy_is(results),
+        f"scale: points over {first} that scaling the position embedding gains alone, where it is "
+        f"scaled; rest: the other points over {first}",
+    ]
 
 
 def _header(epoch: int) -> tuple[str, str, str]:
     return f"epoch {epoch}\naccuracy", "\nscale", "\nrest"
 
 
-def _cells(row: dict[str, Any], when: str) -> list[str]:
-    found = row[when]
-    accuracy = found["accuracy"]
-    return [
-        f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['deviation']:.1f}",
-        *(f"{100 * found[part]['mean']:+.1f}" for part in ("scale", "rest")),
-    ]
+def _cells(found: dict[str, dict[str, float]]) -> list[str]:
+    return [_percent(found["accuracy"]), *(_points(found[part]) for part in ("scale", "rest"))]
 
 
-def _remarks(results: dict[str, Any], output: Path) -> list[str]:
-    first = results["rows"][0]["name"]
-    return [
+def _accuracy_is(results: Results) -> str:
+    return (
         f"accuracy: on {results['test_images']} held-out images, %, mean and standard deviation "
-        f"over the seeds",
-        f"scale: points over {first} that scaling the position embedding gains alone, where it is "
-        f"scaled; rest: the other points over {first}",
-        f"Took {results['seconds']:.0f} s. Written to {output}: results.json and curves.png.",
+        "over the seeds"
+    )
+
+
+# --- shapes ---------------------------------------------------------------------------------
+
+
+def _shapes(args: argparse.Namespace) -> tuple[Results, Show]:
+    from ..experiments.shapes import check, settings_for
+    from ..experiments.shapes import run as run_experiment
+
+    with bad_input():
+        settings = settings_for(
+            args.data,
+            args.patch,
+            args.epochs,
+            device=args.device,
+            seeds=args.seeds,
+            images=args.images,
+            processes=args.processes or (1 if args.device == "cuda" else 2),
+        )
+        check(settings, args.output)
+    with writing("--output"):
+        return run_experiment(settings, args.output), _show_shapes
+
+
+def _show_shapes(results: Results) -> list[Any]:
+    shapes = results["shapes"]
+    deit = next(iter(shapes.values()))["flops"]
+    title = (
+        f"Equal FLOPs, {results['images']} training images, {results['settings']['seeds']} seeds"
+    )
+    return [
+        table(
+            "Shapes",
+            ("", "schedule", "widths", "tokens", "parameters", "FLOPs", "of DeiT's"),
+            [_shape_cells(name, shape, deit) for name, shape in shapes.items()],
+            left=2,
+        ),
+        table(title, _HEADER, [_result_cells(row) for row in results["rows"]], left=2),
+        _accuracy_is(results) + f", after epoch {results['epochs'][-1]}",
+        "over DeiT: points over DeiT's shape with this initialisation; over default: over this "
+        "shape with the default; time: seconds of training over those of DeiT's shape",
     ]
+
+
+def _shape_cells(name: str, shape: dict[str, Any], deit: int) -> tuple[str, ...]:
+    widths, tokens = (", ".join(map(str, shape[what])) for what in ("widths", "tokens"))
+    flops = shape["flops"]
+    part = f"{100 * flops / deit:.1f}%"
+    return name, shape["schedule"], widths, tokens, short(shape["params"]), short(flops), part
+
+
+_FOUND, _COST = ("accuracy", "over\nDeiT", "over\ndefault"), ("time", "images\nper s", "peak\nMB")
+_HEADER = ("", "initialisation", *_FOUND, *_COST)
+
+
+def _result_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    peak = row["peak_bytes"]
+    return (
+        row["shape"],
+        row["initialisation"],
+        _percent(row["accuracy"]),
+        _points(row["over_deit"]),
+        _points(row["over_default"]),
+        f"{row['time']:.2f}x",
+        f"{row['images_per_second']:.0f}",
+        "" if peak is None else f"{peak / 1e6:.0f}",
+    )

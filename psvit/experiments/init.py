@@ -7,32 +7,24 @@ is downloaded.
 from __future__ import annotations
 
 import copy
-import json
-import math
-import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..bench.machine import commit, machine, versions
 from ..console import progress as console_progress
-from ..digits import Digits, accuracy
-from ..files import whole_folder
-from ..plots import draw_curves
-from .impulse import impulse_init_
-from .mimetic import mimetic_init_, norm_match_
-from .view import scale_position_embedding
-
-Progress = Callable[[str, float], AbstractContextManager[Any]]
+from ..init.impulse import impulse_init_
+from ..init.mimetic import mimetic_init_, norm_match_
+from ..init.view import scale_position_embedding
+from .data import digits
+from .runs import Found, Progress, about, all_runs, check_folder, spread, write_results
+from .training import Recipe, trained
 
 SCALE = 18.0
 
@@ -115,49 +107,42 @@ DEFAULT, CONTROL = "timm default", "default + scale"
 def run(settings: Settings, output: Path, progress: Progress = console_progress) -> dict[str, Any]:
     """Trains every arm with every seed; writes ``results.json`` and ``curves.png`` into a folder.
 
-    The files appear when all is done; an error or Ctrl-C leaves none.
+    Runs that the folder has from an earlier call are not made again.
 
     Returns:
         What ``results.json`` holds.
 
     Raises:
-        ValueError: epochs that don't fit ``every``, or more images than there are.
+        ValueError: as ``check``.
         OSError: the folder can't be written (before anything is computed).
     """
-    check(settings)
-    with whole_folder(output) as work, torch.random.fork_rng(devices=[]):
-        start = time.perf_counter()
-        epochs = list(range(settings.every, settings.epochs + 1, settings.every))
-        jobs = [(settings, name, seed) for seed in range(settings.seeds) for name in ARMS]
-        curves: dict[str, list[list[float]]] = {name: [] for name in ARMS}
-        with progress("training", len(jobs)) as step:
-            for (_, name, _), found in zip(jobs, _learned(jobs, settings.processes), strict=True):
-                curves[name].append(found)
-                step()
-        results = {
-            "settings": asdict(settings),
-            "test_images": len(Digits.load().test_images),
-            "machine": machine(),
-            "versions": versions(),
-            "commit": commit(),
-            "epochs": epochs,
-            "accuracy": curves,
-            "rows": [_row(settings, epochs, curves, name) for name in ARMS],
-            "seconds": round(time.perf_counter() - start, 1),
-        }
-        draw_curves(
-            epochs,
-            curves,
-            work / "curves.png",
-            title=f"Digits: {settings.images} training images, {settings.seeds} seeds",
-        )
-        (work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return results
+    check(settings, output)
+    start = time.perf_counter()
+    common = about("init", asdict(settings))
+    found = all_runs(
+        partial(_learn, settings),
+        list(ARMS),
+        settings.seeds,
+        output,
+        common,
+        settings.processes,
+        progress,
+    )
+    curves = {name: [run["accuracy"] for run in runs] for name, runs in found.items()}
+    epochs = _recipe(settings).measured
+    results = {
+        **common,
+        "test_images": len(digits().test_images),
+        "epochs": epochs,
+        "accuracy": curves,
+        "rows": [_row(settings, epochs, curves, name) for name in ARMS],
+    }
+    title = f"Digits: {settings.images} training images, {settings.seeds} seeds"
+    return write_results(output, results, title, start)
 
 
-def check(settings: Settings) -> None:
-    """Raises ValueError for settings that can't be run."""
-    images = len(Digits.load().images)
+def check(settings: Settings, output: Path) -> None:
+    """Raises ValueError for settings that can't be run, or a folder with runs made otherwise."""
     for name in ("epochs", "early"):
         value = getattr(settings, name)
         if value < 1 or value % settings.every or value > settings.epochs:
@@ -165,43 +150,21 @@ def check(settings: Settings) -> None:
                 f"{name}: got {value}, expected a multiple of {settings.every} up to "
                 f"{settings.epochs}"
             )
-    if not 1 <= settings.images <= images:
-        raise ValueError(f"images: got {settings.images}, expected 1 to {images}")
+    digits().few(settings.images, seed=0)
+    check_folder(output, about("init", asdict(settings)))
 
 
 # --- training -------------------------------------------------------------------------------
 
 
-def _learned(jobs: Sequence[tuple[Settings, str, int]], processes: int) -> Iterator[list[float]]:
-    """The accuracies of each job, in order."""
-    if processes == 1:
-        yield from map(_learn, jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        yield from pool.map(_learn, jobs)
+def _recipe(settings: Settings) -> Recipe:
+    return Recipe(settings.epochs, settings.batch, settings.rate, settings.every)
 
 
-def _learn(job: tuple[Settings, str, int]) -> list[float]:
-    """Test accuracies, in one thread (see ``digits.Training``)."""
-    settings, name, seed = job
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        digits = _few(Digits.load(), settings.images, seed)
-        return _trained(settings, digits, _model(settings, ARMS[name], seed))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _few(digits: Digits, count: int, seed: int) -> Digits:
-    """So many training images, as many of each digit as can be; all of the test."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(digits.images), generator=generator)
-    labels = digits.labels[order]
-    rank = torch.stack([(labels == c).cumsum(0) for c in range(10)])[labels, range(len(labels))]
-    chosen = order[rank.argsort(stable=True)[:count]]
-    return digits._replace(images=digits.images[chosen], labels=digits.labels[chosen])
+def _learn(settings: Settings, name: str, seed: int) -> Found:
+    data = digits().few(settings.images, seed)
+    accuracies, _ = trained(_model(settings, ARMS[name], seed), data, _recipe(settings))
+    return {"accuracy": accuracies}
 
 
 def _model(settings: Settings, arm: Arm, seed: int) -> nn.Module:
@@ -218,30 +181,16 @@ def _model(settings: Settings, arm: Arm, seed: int) -> nn.Module:
         num_heads=settings.heads,
         mlp_ratio=2,
     )
+    return initialised(model, arm, seed)
+
+
+def initialised(model: nn.Module, arm: Arm, seed: int) -> nn.Module:
+    """The model as the arm has it; the order of batches drawn next is the same for all arms."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # fewer heads than taps: so it is here
         arm.initialise(model, torch.Generator().manual_seed(seed))
-    torch.manual_seed(seed)  # one order of the batches for all arms
+    torch.manual_seed(seed)
     return model
-
-
-def _trained(settings: Settings, digits: Digits, model: nn.Module) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, weight_decay=0.05)
-    steps = settings.epochs * math.ceil(settings.images / settings.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
-    found = []
-    for epoch in range(1, settings.epochs + 1):
-        model.train()
-        for chosen in torch.randperm(settings.images).split(settings.batch):
-            optimizer.zero_grad()
-            F.cross_entropy(model(digits.images[chosen]), digits.labels[chosen]).backward()
-            optimizer.step()
-            schedule.step()
-        if epoch % settings.every == 0:
-            found.append(accuracy(model.eval(), digits))
-    return found
 
 
 # --- what explains what ---------------------------------------------------------------------
@@ -264,11 +213,5 @@ def _row(
         )
         scale = control - default if ARMS[name].scaled else torch.zeros_like(default)
         parts = {"accuracy": own, "scale": scale, "rest": own - default - scale}
-        row[when] = {part: _spread(values) for part, values in parts.items()}
+        row[when] = {part: spread(values) for part, values in parts.items()}
     return row
-
-
-def _spread(values: torch.Tensor) -> dict[str, float]:
-    """Mean and sample standard deviation over the seeds (0 for one)."""
-    deviation = float(values.std()) if len(values) > 1 else 0.0
-    return {"mean": float(values.mean()), "deviation": deviation}
