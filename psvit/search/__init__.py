@@ -1,0 +1,1 @@
+"""Search for a schedule and widths: a supernet of all candidates, then evolution."""
