@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "train a small ViT on digits, convert it, and see what was gained",
     "accelerate": "convert a model of yours; cost, latency and agreement before and after",
     "analyze": "which layers compute nearly the same attention map",
+    "train": "train a PSViT, or any model of timm",
     "bench": "time the kernels and a converted model against PyTorch",
     "experiment": "one of the project's experiments, its controls included",
     "info": "what runs here and why: versions, processor, providers",

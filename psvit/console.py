@@ -25,7 +25,10 @@ def progress(title: str, total: float) -> Iterator[Any]:
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Where nobody watches, rich would leave an empty line for each bar.
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task(title, total=total)
 
         def step(count: float = 1) -> None:

@@ -53,3 +53,9 @@ def whole_file(target: Path) -> Iterator[Path]:
         os.replace(work / target.name, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Removes what a killed process left of files that it hadn't finished."""
+    for left in folder.glob(".unfinished-*"):
+        shutil.rmtree(left, ignore_errors=True)

@@ -217,3 +217,66 @@ def draw_curves(
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _plain(axes)
     figure.savefig(path)
+
+
+def draw_training(
+    history: Sequence[Mapping[str, Any]], path: str | PathLike[str], *, title: str
+) -> None:
+    """Loss and test accuracy of one run, over its epochs.
+
+    Args:
+        history: one mapping an epoch with ``epoch``, ``loss``, ``accuracy`` (0 to 1) and, if
+            weights were averaged, ``ema_accuracy``.
+        path: the picture's file.
+        title: put above the picture.
+    """
+    figure = _figure(9, 3.6)
+    figure.suptitle(title, fontsize=11)
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    mark = "o" if len(history) == 1 else ""
+    left.plot(epochs, [row["loss"] for row in history], color=BLUE, marker=mark)
+    left.set_ylabel("training loss")
+    names = {"accuracy": ("weights", BLUE), "ema_accuracy": ("averaged weights", ORANGE)}
+    for key, (label, colour) in names.items():
+        if key in history[0]:
+            values = [100 * row[key] for row in history]
+            right.plot(epochs, values, color=colour, marker=mark, label=label)
+    right.set_ylabel("test accuracy, %")
+    right.legend(fontsize=8, frameon=False)
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        _plain(axes)
+    figure.savefig(path)
+
+
+# --- search ---------------------------------------------------------------------------------
+
+
+def draw_search(results: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    """Accuracy against cost of everything that a search evaluated, and the front.
+
+    Args:
+        results: of ``psvit.search.run.Search``.
+        path: the picture's file.
+    """
+    figure = _figure(7.5, 4.6)
+    axes = figure.subplots()
+    key, unit, label = ("flops", 1e6, "FLOPs of one image, millions")
+    if results["measure"] == "latency":
+        key, unit, label = ("latency_ms", 1, "latency, ms, sum of measured parts")
+    marks = {"evolution": ("o", BLUE), "random": ("x", "0.5")}
+    for name, rows in results["evaluated"].items():
+        mark, colour = marks[name]
+        costs = [row[key] / unit for row in rows]
+        accuracies = [100 * row["accuracy"] for row in rows]
+        axes.scatter(costs, accuracies, s=16, marker=mark, color=colour, alpha=0.6, label=name)
+    costs = [row[key] / unit for row in results["front"]]
+    accuracies = [100 * row["accuracy"] for row in results["front"]]
+    axes.step(costs, accuracies, where="post", color=ORANGE, linewidth=2, label="front")
+    axes.set_xlabel(label)
+    axes.set_ylabel("accuracy with the supernet's weights, %")
+    axes.set_title(f"{results['held_out_images']} held-out training images", fontsize=11)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    _plain(axes)
+    figure.savefig(path)

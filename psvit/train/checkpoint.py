@@ -1,0 +1,54 @@
+"""Checkpoints: written whole or not at all, read or refused with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import whole_file
+
+#: Of the file's contents; a file of another form is refused.
+FORM = 1
+NAME = "last.pt"
+
+
+def save(folder: Path, state: Mapping[str, Any]) -> None:
+    """Writes ``last.pt``. Until the last byte is on the disk, the older file stays as it was.
+
+    Raises:
+        OSError: a full disk, a folder that can't be written.
+    """
+    with whole_file(folder / NAME) as work:
+        try:
+            with open(work, "wb") as stream:
+                torch.save({"form": FORM, **state}, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except RuntimeError as error:
+            cause = error.__context__  # PyTorch puts its own error over that of the disk
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(folder / NAME)) from error
+            raise
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """What ``save`` wrote.
+
+    Raises:
+        ValueError: no checkpoint there, or one that is truncated or not of this program.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint to go on from")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch raise anything
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a whole checkpoint: {said}") from error
+    if not isinstance(state, dict) or state.get("form") != FORM:
+        raise ValueError(f"{path}: not a checkpoint of psvit train, or one of another version")
+    return state

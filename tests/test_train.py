@@ -1,0 +1,555 @@
+"""Training runs: what they write, survive, refuse, and that their parts take part."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+pytest.importorskip("yaml")
+
+import numpy as np
+from safetensors.torch import load_file
+
+import psvit
+from psvit import train
+from psvit.train import checkpoint, loop
+
+SMALL = {
+    "model": "psvit",
+    "schedule": "AS|A",
+    "widths": [16, 32],
+    "model_args": {"patch_size": 1, "head_dim": 16, "mlp_ratio": 1},
+    "epochs": 2,
+    "batch": 8,
+    "warmup_epochs": 0,
+    "workers": 0,
+    "tensorboard": False,
+    "ema": 0.9,
+    "auto_augment": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with helpers.threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Forty images of 8 x 8; four classes: bright above or below, in red or in blue."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 40), ("test", 17)):
+        labels = np.arange(count) % 4
+        images = rng.integers(0, 60, (count, 8, 8, 3), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            half, colour = divmod(int(label), 2)
+            image[4 * half : 4 * half + 4, :, 2 * colour] += 180
+        arrays |= {f"x_{part}": images, f"y_{part}": labels}
+    path = tmp_path_factory.mktemp("data") / "four.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def make(npz: Path, folder: Path, **changes) -> train.Config:
+    return train.Config(**{**SMALL, "data": str(npz), "output": str(folder), **changes})
+
+
+@contextmanager
+def silent(title, total):
+    yield lambda count=1: None
+
+
+def run(config: train.Config, **options) -> list[dict[str, float]]:
+    return train.train(config, progress=silent, **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """The same checkpoint, bit for bit: weights, averaged weights, optimiser, position."""
+    states = [checkpoint.load(path) for path in (folder, other)]
+    for state in states:
+        del state["config"]["output"]
+        for row in state["history"]:
+            del row["seconds"], row["images_per_second"]
+    leaves, others = (dict(_leaves(state)) for state in states)
+    assert leaves.keys() == others.keys()
+    for name, value in leaves.items():
+        if isinstance(value, torch.Tensor):
+            difference = (value.double() - others[name].double()).abs().max()
+            assert torch.equal(value, others[name]), f"{name}: differs by up to {difference}"
+        else:
+            assert value == others[name], f"{name}: {value} and {others[name]}"
+
+
+def _leaves(value, name=""):
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, child in pairs:
+        if isinstance(child, (dict, list, tuple)):
+            yield from _leaves(child, f"{name}/{key}")
+        else:
+            yield f"{name}/{key}", child
+
+
+# --- what a run is ------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_writes_what_it_says(data, tmp_path):
+    config = make(data, tmp_path, epochs=12, lr=3e-3, mixup=0, cutmix=0, random_erasing=0)
+    history = run(config)
+    assert history[-1]["loss"] < history[0]["loss"] - 0.2, history
+    assert history[-1]["accuracy"] > 0.6, history
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert written == history and [row["epoch"] for row in history] == list(range(1, 13))
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "last.pt",
+        "model.safetensors",
+        "metrics.jsonl",
+        "curves.png",
+        "config.yaml",
+    }
+    assert train.Config.of(train.config.read_yaml(tmp_path / "config.yaml")) == config
+
+
+def test_the_weights_load_into_the_model_they_are_of(data, tmp_path):
+    run(make(data, tmp_path, epochs=1))
+    model = psvit.PSViT("AS|A", [16, 32], num_classes=4, img_size=8, **SMALL["model_args"])
+    model.load_state_dict(weights(tmp_path))
+
+
+def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(data, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(make(data, tmp_path / name, epochs=1, seed=seed, drop_path=0.3))
+    assert_same(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "a", tmp_path / "c")
+
+
+def test_accumulated_parts_make_the_step_of_the_whole_batch(data, tmp_path):
+    changes = {"epochs": 1, "drop_path": 0.0, "mixup": 0, "cutmix": 0}
+    whole = run(make(data, tmp_path / "a", **changes))
+    parts = run(make(data, tmp_path / "b", accumulate=4, **changes))
+    assert parts[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_tensorboard_events_are_written_where_it_is_installed(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = run(make(data, tmp_path, tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"loss", "accuracy", "step/loss", "step/lr"} <= set(events.Tags()["scalars"])
+    found = [event.value for event in events.Scalars("accuracy")]
+    assert found == pytest.approx([row["accuracy"] for row in history])
+
+
+# --- the recipe's parts take part ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mixup": 0.8, "cutmix": 0.0},
+        {"cutmix": 1.0, "mixup": 0.0},
+        {"label_smoothing": 0.3},
+        {"random_erasing": 1.0},
+        {"auto_augment": "rand-m9-mstd0.5-inc1"},
+        {"drop_path": 0.5},
+        {"clip_grad": 0.01},
+        {"weight_decay": 0.5},
+        {"layer_decay": 0.5},
+        {"lr": 1e-4},
+        {"warmup_epochs": 1, "epochs": 2},
+        {"init": "impulse"},
+        {"init": "mimetic", "init_args": {"pos_scale": 18}},
+        {"amp": "bfloat16"},
+        {"img_size": 12},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_each_part_of_the_recipe_changes_the_weights(data, tmp_path, change, plain):
+    run(make(data, tmp_path, **{**PLAIN, **change}))
+    found = weights(tmp_path)
+    assert all(value.isfinite().all() for value in found.values())
+    assert any(
+        value.shape != plain[name].shape or not torch.equal(value, plain[name])
+        for name, value in found.items()
+    )
+
+
+def test_weight_decay_leaves_norms_biases_and_embeddings_alone(data, tmp_path):
+    with loop.prepared(make(data, tmp_path, layer_decay=0.5)) as trainer:
+        groups = trainer.run.optimizer.param_groups
+        decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+        names = [n for n, p in trainer.run.model.named_parameters() if id(p) in decayed]
+        assert all(n.endswith(".weight") and "norm" not in n for n in names)
+        assert {"patch_embed.proj.weight", "blocks.1.mlp.fc1.weight", "head.weight"} <= set(names)
+        assert len({group["lr_scale"] for group in groups}) > 3
+
+
+PLAIN = {
+    "epochs": 1,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "label_smoothing": 0.0,
+    "random_erasing": 0.0,
+    "drop_path": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("plain")
+    with helpers.threads(1):
+        run(make(data, folder, **PLAIN))
+    return weights(folder)
+
+
+def test_checkpointing_activations_changes_nothing_but_memory(data, tmp_path, plain):
+    run(make(data, tmp_path, checkpointing=True, **PLAIN))
+    for name, value in weights(tmp_path).items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_saved_weights_are_the_averaged_ones(data, tmp_path):
+    run(make(data, tmp_path, epochs=1))
+    state = checkpoint.load(tmp_path)
+    for name, value in weights(tmp_path).items():
+        assert torch.equal(value, state["ema"][name])
+        assert not torch.equal(value, state["learner"][f"model.{name}"]) or not value.any()
+
+
+# --- distillation -------------------------------------------------------------------------------
+
+
+def test_a_student_learns_from_a_teachers_scores_and_features_alone(data, tmp_path):
+    """Labels have no part in the loss: what the student knows, the teacher knew."""
+    hints = {"mixup": 0, "cutmix": 0, "random_erasing": 0, "lr": 3e-3, "ema": 0, "epochs": 12}
+    run(make(data, tmp_path / "teacher", **hints))
+    shape = {"schedule": "AS|A", "widths": [16, 32], "img_size": 8, **SMALL["model_args"]}
+    config = make(
+        data,
+        tmp_path / "student",
+        **{**hints, "widths": [16, 16]},
+        teacher="psvit",
+        teacher_weights=str(tmp_path / "teacher" / "model.safetensors"),
+        teacher_args=shape,
+        distill=1.0,
+        distill_features=0.5,
+        seed=1,
+    )
+    history = run(config)
+    assert history[-1]["accuracy"] > 0.6, history
+    state = checkpoint.load(tmp_path / "student")
+    assert state["learner"]["projection.weight"].shape == (32, 16)
+    assert "projection.weight" not in weights(tmp_path / "student")
+
+
+def test_the_distillation_loss_is_deits(data):
+    """Against the formula, written out in float64."""
+    from psvit.train.model import Learner
+
+    config = make(
+        data, Path("unused"), teacher="x", distill=0.3, temperature=2.0, distill_features=0.7
+    )
+    torch.manual_seed(0)
+    student, teacher = (
+        psvit.PSViT("A|A", [16, width], num_classes=4, img_size=8, **SMALL["model_args"])
+        for width in (16, 32)
+    )
+    learner = Learner(student, teacher.eval(), config).double().eval()
+    teacher.double()
+    x, y = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
+    p, q = student(x), teacher(x)
+    smooth = torch.full((6, 4), 0.1 / 4, dtype=torch.float64)
+    smooth[range(6), y] += 0.9
+    hard = -(smooth * p.log_softmax(1)).sum(1).mean()
+    wanted = (q / 2).softmax(1)
+    soft = 4 * (wanted * (wanted.log() - (p / 2).log_softmax(1))).sum(1).mean()
+    f, g = (m.forward_head(m.forward_features(x), pre_logits=True) for m in (student, teacher))
+    features = (learner.projection(f) - g).square().mean()
+    want = 0.7 * hard + 0.3 * soft + 0.7 * features
+    torch.testing.assert_close(learner(x, y).double(), want, rtol=1e-5, atol=1e-6)
+
+
+# --- stopping and going on ----------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+@contextmanager
+def stopping(steps: int, monkeypatch):
+    """The run stops after so many steps, between two of them."""
+    update = loop.Run.update
+    count = 0
+
+    def counted(self, *args):
+        nonlocal count
+        if count == steps:
+            raise Stop
+        count += 1
+        return update(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "update", counted)
+        yield
+
+
+@pytest.mark.parametrize("steps", [2, 5, 8, 9])
+def test_a_resumed_run_ends_with_the_same_bits(data, tmp_path, monkeypatch, steps, whole):
+    """Five steps an epoch, a checkpoint every two: in an epoch, at its end, in the next."""
+    config = make(data, tmp_path, **RESUMED)
+    with stopping(steps, monkeypatch), pytest.raises(Stop):
+        run(config)
+    run(config, resume=True)
+    assert_same(tmp_path, whole)
+
+
+RESUMED = {"save_every": 2, "drop_path": 0.3, "auto_augment": "rand-m9-mstd0.5-inc1"}
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    with helpers.threads(1):
+        run(make(data, folder, **RESUMED))
+    return folder
+
+
+def test_resuming_a_finished_run_changes_nothing(data, tmp_path, whole):
+    config = make(data, tmp_path, **RESUMED)
+    run(config)
+    (tmp_path / "metrics.jsonl").unlink()  # as if it was killed before it wrote that
+    assert len(run(config, resume=True)) == 2
+    assert_same(tmp_path, whole)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+#: A process that kills itself, as `kill -9` does, at a place that the test names.
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from psvit import train
+from psvit.train import checkpoint, loop
+
+where, count = sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(1)
+
+def killing(function):
+    def called(*args, **options):
+        global count
+        count -= 1
+        if count == 0 and where == "writing":  # half of the file is on the disk
+            function(*args, **options)
+            path = args[1].name
+            os.truncate(path, os.path.getsize(path) // 2)
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+    return called
+
+if where == "epoch":
+    loop.Run.update = killing(loop.Run.update)
+else:
+    torch.save = killing(torch.save)
+config = train.Config.of(train.config.read_yaml(Path(sys.argv[1])))
+train.train(config)
+"""
+
+
+@pytest.mark.parametrize(("where", "count"), [("epoch", 8), ("writing", 3)])
+def test_a_run_killed_with_signal_9_goes_on_to_the_same_bits(data, tmp_path, where, count, whole):
+    """In the middle of the second epoch, and in the middle of its first checkpoint."""
+    import yaml
+
+    config = make(data, tmp_path / "run", **RESUMED)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "config.yaml"), where, str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert checkpoint.load(tmp_path / "run")["epoch"] == (1 if where == "epoch" else 0)
+    left = list((tmp_path / "run").glob(".unfinished-*"))
+    assert bool(left) == (where == "writing")
+    run(config, resume=True)
+    assert_same(tmp_path / "run", whole)
+    assert not list((tmp_path / "run").glob(".unfinished-*"))
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports what this one does."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
+    data, tmp_path, monkeypatch
+):
+    config = make(data, tmp_path, **RESUMED)
+    update = loop.Run.update
+
+    def spoilt(self, images, targets):
+        if (self.epoch, self.step) == (1, 3):
+            images = images * float("nan")
+        return update(self, images, targets)
+
+    monkeypatch.setattr(loop.Run, "update", spoilt)
+    message = r"^loss is nan in epoch 2, step 4, a batch of 8 images: train image \d+ of .*four.npz"
+    with pytest.raises(train.LossError, match=message):
+        run(config)
+    state = checkpoint.load(tmp_path)
+    assert (state["epoch"], state["step"]) == (1, 2)
+    assert all(value.isfinite().all() for value in state["learner"].values())
+
+
+def test_a_full_disk_is_an_error_that_loses_nothing_older(data, tmp_path):
+    config = make(data, tmp_path, **RESUMED)
+    run(config)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    state = checkpoint.load(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["last.pt"]) // 2, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.save(tmp_path, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_see_the_loss_of_one(data, tmp_path, fsdp):
+    import yaml
+
+    changes = {
+        "batch": 8,
+        "drop_path": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "random_erasing": 0.5,
+        "accumulate": 2,
+        "save_every": 2,
+    }
+    one = run(make(data, tmp_path / "one", **changes))
+    config = make(data, tmp_path / "two", fsdp=fsdp, **changes)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "-m", "psvit", "train"]
+    command.append(str(tmp_path / "config.yaml"))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = [json.loads(row) for row in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    for alone, together in zip(one, two, strict=True):
+        for key in ("loss", "lr", "accuracy", "ema_accuracy"):
+            assert together[key] == pytest.approx(alone[key], rel=2e-5), (key, alone, together)
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 3}, "num_classes: got 3, expected at least 4 as in .*four.npz"),
+        ({"data": "nowhere"}, "data: no such folder: nowhere; expected digits, .*"),
+        ({"batch": 64}, "batch: got 64, expected at most 40, the training images of .*"),
+        ({"batch": 7}, "batch: got 7, 7 images in each process; expected an even .*"),
+        (
+            {"img_size": 7, "model_args": {**SMALL["model_args"], "patch_size": 2}},
+            "img_size: got 7 x 7, expected multiples of 2, .*; next to it: 6 x 6 or 8 x 8",
+        ),
+        ({"model_args": {"patchsize": 2}}, "model_args: .*patchsize.*"),
+        ({"init": "impulse", "init_args": {"gian": 2}}, "init_args: .*gian.*"),
+        ({"init_args": {"gain": 2}}, "init_args: got {'gain': 2}, expected none .*"),
+        (
+            {"model": "vit_tinny_patch16_224", "schedule": None, "widths": None},
+            'model: timm has no "vit_tinny_patch16_224"; did you mean vit_tiny_patch16_224 .*',
+        ),
+        ({"weights": "nowhere.pt"}, "nowhere.pt: no such file"),
+        ({"fsdp": True}, "fsdp: got true in one process, expected several, started by torchrun"),
+        ({"auto_augment": "randy"}, 'auto_augment: got "randy", expected a policy of timm .*'),
+        ({"img_size": 0}, "img_size: got 0, expected a whole number or nothing from 1"),
+        ({"warmup_epochs": 2}, "warmup_epochs: got 2, expected fewer than the 2 epochs"),
+        ({"accumulate": 3}, "accumulate: got 3, expected .*"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_a_run_that_can_not_be_is_refused_before_anything_is_written(
+    data, tmp_path, change, message
+):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}$"):
+        run(make(data, tmp_path / "run", **change))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_cuda_is_refused_where_there_is_none(data, tmp_path):
+    with pytest.raises(ValueError, match=r'^device: got "cuda", but PyTorch sees no CUDA device'):
+        run(make(data, tmp_path / "run", device="cuda"))
+
+
+def test_a_folder_with_a_run_is_not_overwritten(data, tmp_path):
+    config = make(data, tmp_path, epochs=1)
+    run(config)
+    with pytest.raises(ValueError, match=f"^output: {re.escape(str(tmp_path))} holds a run"):
+        run(config)
+
+
+def test_resuming_with_another_config_lists_the_differences(data, tmp_path):
+    config = make(data, tmp_path, epochs=1)
+    run(config)
+    other = dataclasses.replace(config, epochs=3, lr=0.1, workers=1)
+    with pytest.raises(ValueError, match=r"config: epochs was 1, is 3; lr was None, is 0.1$"):
+        run(other, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "no such checkpoint to go on from"),
+        (lambda path: os.truncate(path, path.stat().st_size // 2), "not a whole checkpoint"),
+        (lambda path: path.write_bytes(b""), "not a whole checkpoint"),
+        (lambda path: torch.save({"a": 1}, path), "not a checkpoint of psvit train"),
+    ],
+    ids=["missing", "truncated", "empty", "foreign"],
+)
+def test_a_checkpoint_that_is_none_is_named(data, tmp_path, spoil, message, whole):
+    path = tmp_path / "last.pt"
+    path.write_bytes((whole / "last.pt").read_bytes())
+    spoil(path)
+    with pytest.raises(ValueError, match=message) as error:
+        run(make(data, tmp_path, **RESUMED), resume=True)
+    assert str(path) in str(error.value)
