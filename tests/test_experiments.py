@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ pytest.importorskip("matplotlib")
 from test_models import plain
 
 from psvit import cli
-from psvit.experiments import shapes
+from psvit.experiments import runs, shapes
 from psvit.experiments.data import digits, packed, shifted
 from psvit.experiments.runs import about, all_runs, check_folder
 from psvit.experiments.shapes import INITIALISATIONS, Settings, run, settings_for
@@ -52,7 +53,7 @@ def made(tmp_path: Path) -> Counter[str]:
 
 def test_every_arm_runs_with_every_seed_in_one_thread(tmp_path: Path) -> None:
     found = some_runs(tmp_path)
-    assert {arm: len(runs) for arm, runs in found.items()} == {"a": 2, "b + c": 2}
+    assert {arm: len(kept) for arm, kept in found.items()} == {"a": 2, "b + c": 2}
     assert made(tmp_path) == {"a 0": 1, "a 1": 1, "b + c 0": 1, "b + c 1": 1}
     assert all(run["threads"] == 1 and run["arm"] == arm for arm in found for run in found[arm])
     assert found["a"][0]["accuracy"] == found["b + c"][0]["accuracy"] != found["a"][1]["accuracy"]
@@ -80,6 +81,22 @@ def test_what_was_finished_before_an_error_is_kept(tmp_path: Path) -> None:
         all_runs(fails_at_last, ["a", "b + c"], 2, tmp_path / "out", about("dice", {}), 1, silent)
     some_runs(tmp_path)
     assert made(tmp_path) == {"a 0": 1, "a 1": 1, "b + c 0": 1, "b + c 1": 1}
+
+
+def test_a_process_begins_no_other_run_after_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_interrupted", threading.Event())
+
+    def interrupted(arm: str, seed: int) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs._run_in_process(runs.Job(interrupted, "a", 0, tmp_path / "a.json"))
+    waiting = runs.Job(partial(dice.throw, tmp_path / "log"), "b", 0, tmp_path / "b.json")
+    with pytest.raises(KeyboardInterrupt):
+        runs._run_in_process(waiting)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_of_other_settings_are_refused_by_name_and_stay(tmp_path: Path) -> None:
@@ -171,7 +188,8 @@ def test_training_learns_and_measures_at_its_epochs(tmp_path: Path) -> None:
     data = replace(data, test_images=data.images, test_labels=data.labels)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     found, seconds = trained(model, data, Recipe(epochs=8, batch=10, rate=1e-2, every=4))
-    assert len(found) == 2 and found[-1] == accuracy(model, data) > 0.9 and seconds > 0
+    assert len(found) == 2 and found[-1] == accuracy(model, data) > 0.9
+    assert len(seconds) == 8 and min(seconds) > 0
     assert accuracy(model, data, batch=7) == found[-1]
 
 
@@ -272,7 +290,7 @@ def test_rows_are_differences_seed_by_seed(tmp_path: Path, monkeypatch: pytest.M
         slow = 1 + arm.startswith("PSViT-1D")
         return {
             "accuracy": [0.0, 0.3 + high + 0.1 * seed],
-            "seconds": 4.0 * slow,
+            "epoch_seconds": [90.0, 4.0 * slow, 4.0 * slow],
             "peak_bytes": 10 * slow + seed,
         }
 
@@ -286,7 +304,7 @@ def test_rows_are_differences_seed_by_seed(tmp_path: Path, monkeypatch: pytest.M
     assert best["over_default"] == pytest.approx({"mean": 0.1, "deviation": 0.0})
     slow = rows["PSViT-1D", "default"]
     assert (slow["time"], slow["peak_bytes"]) == (2.0, 21)
-    assert slow["images_per_second"] == 2 * 40 / 8
+    assert slow["images_per_second"] == 40 / 8
 
 
 def test_the_recipe_measures_the_last_epoch_whatever_their_number() -> None:
@@ -299,7 +317,7 @@ def test_the_recipe_measures_the_last_epoch_whatever_their_number() -> None:
 def test_the_command_prints_shapes_and_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = {"accuracy": [0.5], "seconds": 2.0, "peak_bytes": 3_000_000}
+    found = {"accuracy": [0.5], "epoch_seconds": [2.0], "peak_bytes": 3_000_000}
     monkeypatch.setattr(shapes, "_learn", lambda *_: found)
     arguments = ["experiment", "shapes", "--epochs", "1", "--processes", "1"]
     arguments += ["--output", str(tmp_path / "out")]

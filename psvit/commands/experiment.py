@@ -195,7 +195,7 @@ def _show_shapes(results: Results) -> list[Any]:
         table(title, _HEADER, [_result_cells(row) for row in results["rows"]], left=2),
         _accuracy_is(results) + f", after epoch {results['epochs'][-1]}",
         "over DeiT: points over DeiT's shape with this initialisation; over default: over this "
-        "shape with the default; time: seconds of training over those of DeiT's shape",
+        "shape with the default; time: of a training epoch over that of DeiT's shape (medians)",
     ]
 
 

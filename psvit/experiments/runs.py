@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -120,7 +121,21 @@ def _in_turn(jobs: Sequence[Job], processes: int) -> Iterator[Found]:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        yield from pool.map(_run, jobs)
+        yield from pool.map(_run_in_process, jobs)
+
+
+#: In a process of the pool, after Ctrl-C: what still waits there is not begun.
+_interrupted = threading.Event()
+
+
+def _run_in_process(job: Job) -> Found:
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+    try:
+        return _run(job)
+    except KeyboardInterrupt:
+        _interrupted.set()
+        raise
 
 
 def _run(job: Job) -> Found:
@@ -150,6 +165,8 @@ def write_results(
     folder: Path, results: Mapping[str, Any], title: str, started: float
 ) -> dict[str, Any]:
     """Writes ``results.json`` and ``curves.png``; returns what the first holds.
+
+    Its ``seconds`` are those of this call, which may have found runs that were there already.
 
     Args:
         results: with ``epochs``, and ``accuracy``, for each arm a list over the seeds.

@@ -35,20 +35,20 @@ class Recipe:
         return list(range(self.every, self.epochs + 1, self.every))
 
 
-def trained(model: nn.Module, data: Data, recipe: Recipe) -> tuple[list[float], float]:
+def trained(model: nn.Module, data: Data, recipe: Recipe) -> tuple[list[float], list[float]]:
     """Trains it on the device of the data; bfloat16 autocast on CUDA.
 
     The order of the batches is drawn from PyTorch's global generator.
 
     Returns:
-        Test accuracies after ``recipe.measured``, and the seconds of training without them.
+        Test accuracies after ``recipe.measured``, and the seconds of each epoch without them.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.05)
     steps = recipe.epochs * math.ceil(len(data.images) / recipe.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
-    found, seconds = [], 0.0
+    found, seconds = [], []
     for epoch in range(1, recipe.epochs + 1):
         start = time.perf_counter()
         model.train()
@@ -58,7 +58,7 @@ def trained(model: nn.Module, data: Data, recipe: Recipe) -> tuple[list[float], 
             optimizer.step()
             schedule.step()
         _wait(data.images.device)
-        seconds += time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
         if epoch % recipe.every == 0:
             found.append(accuracy(model.eval(), data))
     return found, seconds
