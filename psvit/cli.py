@@ -1,4 +1,4 @@
-"""The command line: ``psvit demo | accelerate | analyze | bench | experiment | info``."""
+"""The command line: ``psvit COMMAND``, one of ``COMMANDS``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "accelerate": "convert a model of yours; cost, latency and agreement before and after",
     "analyze": "which layers compute nearly the same attention map",
     "train": "train a PSViT, or any model of timm",
+    "search": "find a schedule and widths for your images and a limit of FLOPs or latency",
     "bench": "time the kernels and a converted model against PyTorch",
     "experiment": "one of the project's experiments, its controls included",
     "info": "what runs here and why: versions, processor, providers",
