@@ -140,7 +140,7 @@ def test_a_corrupt_image_stops_the_run_by_its_name_and_is_skipped_if_asked(folde
 
 def test_ctrl_c_ends_a_run_in_one_line(folder):
     """Sent when the first epoch is done: the process is then in the midst of the others."""
-    flags = start(folder, "--epochs", "100000", "--workers", "1")
+    flags = start(folder, "--epochs", "100000")
     command = [sys.executable, "-m", "psvit", "train", "--output", str(folder / "out"), *flags]
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
