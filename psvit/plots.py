@@ -188,19 +188,21 @@ def draw_attention(
 
 
 def draw_curves(
-    epochs: Sequence[int],
+    epochs: Sequence[float],
     curves: Mapping[str, Sequence[Sequence[float]]],
     path: str | PathLike[str],
     *,
     title: str,
+    labels: tuple[str, str] = ("epoch", "test accuracy, %"),
 ) -> None:
-    """Test accuracy over the epochs: the mean over the seeds, a band from worst to best.
+    """Accuracy over the epochs: the mean over the seeds, a band from worst to best.
 
     Args:
         epochs: at which it was measured.
         curves: by name, one list of accuracies (0 to 1) a seed.
         path: the picture's file.
         title: put above the picture.
+        labels: of both axes.
     """
     figure = _figure(8.5, 5)
     axes = figure.subplots()
@@ -211,8 +213,8 @@ def draw_curves(
         (line,) = axes.plot(epochs, means, style, label=name, linewidth=2)
         lowest, highest = [min(at) for at in values], [max(at) for at in values]
         axes.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.12, linewidth=0)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("test accuracy, %")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
     axes.set_title(title, fontsize=11)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _plain(axes)

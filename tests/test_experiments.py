@@ -284,6 +284,16 @@ def test_each_shape_is_trained_from_each_initialisation_on_the_same_batches(
     assert str(tmp_path) not in json.dumps(results), "the place of the data is in the results"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_peak_memory_is_that_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = run(small(tmp_path, monkeypatch, device="cuda"), tmp_path / "out", silent)
+    assert results["gpu"] == torch.cuda.get_device_name()
+    assert all(row["peak_bytes"] > 0 for row in results["rows"])
+
+
 def test_rows_are_differences_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def learned(settings: Settings, arm: str, seed: int) -> dict[str, Any]:
         high = 0.2 * arm.startswith("PSViT-2D") + 0.1 * arm.endswith("impulse")

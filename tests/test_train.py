@@ -185,6 +185,7 @@ def test_tensorboard_events_are_written_where_it_is_installed(data, tmp_path):
         {"init": "impulse"},
         {"init": "mimetic", "init_args": {"pos_scale": 18}},
         {"amp": "bfloat16"},
+        {"amp": "float16"},
         {"img_size": 12},
     ],
     ids=lambda change: "-".join(change),

@@ -17,12 +17,14 @@ examples:
   psvit experiment shapes
   psvit experiment shapes --data cifar10/ --patch 4 --device cuda --epochs 100 --images 5000
   psvit experiment shapes --json > shapes.json
+  psvit experiment search
 
 init: what structured initialisation gains on few handwritten digits, and how much of it scaling
 the position embedding gains alone. shapes: DeiT's shape, PSViT-1D and PSViT-2D at equal FLOPs, on
-all handwritten digits or on images of 32 x 32. Each takes some minutes on two cores (with digits);
-nothing is downloaded. The folder keeps each run as soon as it is finished: the same command goes on
-where it was stopped.
+all handwritten digits or on images of 32 x 32. search: what evolution finds, beside as many random
+candidates and a schedule written by hand, on digits. Each takes some minutes on two cores (with
+digits); nothing is downloaded. The folder keeps each run as soon as it is finished: the same
+command goes on where it was stopped.
 """
 
 
@@ -54,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=positive, metavar="N", help="of training (default: 100; digits: 12)"
     )
     shapes.add_argument("--images", type=positive, metavar="N", help="of training (default: all)")
-    for one in (init, shapes):
+    search = names.add_parser("search", help="what evolution gains over random candidates")
+    for one in (init, shapes, search):
         one.add_argument("--seeds", type=positive, default=3, metavar="N", help="(default: 3)")
         one.add_argument(
             "--processes", type=positive, metavar="N", help="at a time (default: 2; cuda: 1)"
@@ -73,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     need("demo", "timm", "sklearn", "matplotlib")
     try:
-        results, show = {"init": _init, "shapes": _shapes}[args.name](args)
+        results, show = {"init": _init, "shapes": _shapes, "search": _search}[args.name](args)
     except KeyboardInterrupt:
         say(f"interrupted; {args.output} has the finished runs, the same command goes on")
         return 130
@@ -222,3 +225,44 @@ def _result_cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['images_per_second']:.0f}",
         "" if peak is None else f"{peak / 1e6:.0f}",
     )
+
+
+# --- search ---------------------------------------------------------------------------------
+
+
+def _search(args: argparse.Namespace) -> tuple[Results, Show]:
+    need("train", "torchvision")
+    from ..experiments.search import Settings, check
+    from ..experiments.search import run as run_experiment
+
+    settings = Settings(seeds=args.seeds, processes=args.processes or 2)
+    with bad_input():
+        check(settings, args.output)
+    with writing("--output"):
+        return run_experiment(settings, args.output), _show_search
+
+
+def _show_search(results: Results) -> list[Any]:
+    settings = results["settings"]
+    evaluated = settings["population"] * settings["generations"]
+    reaches = [
+        (
+            f"seed {seed}",
+            *(f"{100 * run['reach'][name]:.2f}" for name in ("evolution", "random")),
+        )
+        for seed, run in enumerate(results["searches"])
+    ]
+    means = (_percent(results["reach"][name]) for name in ("evolution", "random"))
+    trained = [
+        (name, *(f"{100 * run['trained'][name]['accuracy']:.1f}" for run in results["searches"]))
+        for name in results["accuracy"]
+    ]
+    seeds = (f"seed {seed}" for seed in range(settings["seeds"]))
+    return [
+        table(
+            f"Best held-out accuracy, %, mean over all costs up to {short(results['limit'])}FLOPs",
+            (f"{evaluated} of {results['candidates']:,}", "evolution", "random"),
+            [*reaches, ("all", *means)],
+        ),
+        table("Test accuracy, %, from scratch", ("", *seeds), trained),
+    ]

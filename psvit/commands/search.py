@@ -29,6 +29,10 @@ front.json, front.png, and last.pt, from which --resume goes on. On digits it ta
 two cores.
 """
 
+#: Models for images of so few pixels a side gain nothing from a second thread, and where others use
+#: the processor too, threads wait for each other most of the time.
+TINY = 16
+
 #: What options are where neither they nor a search to go on with say otherwise.
 DEFAULTS: dict[str, Any] = {
     "data": "digits",
@@ -71,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", "N", type=int)
     add("--device", choices=("cpu", "cuda"))
     parser.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help=f"of PyTorch (default: its own; images of up to {TINY} pixels: 1)",
+    )
+    parser.add_argument(
         "--workers", type=positive, default=0, metavar="N", help="processes that load images"
     )
     parser.add_argument(
@@ -108,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepared(args: argparse.Namespace) -> Search:
     """What the options say, over what the search to go on with says."""
+    import torch
+
     from ..search.data import held_out_data
     from ..search.run import Search, Settings
     from ..train import checkpoint
@@ -122,6 +134,9 @@ def _prepared(args: argparse.Namespace) -> Search:
     source = open_source(options["data"])
     space = _space(args, source, before.get("space"))
     size = (space.img_size,) * 2 if isinstance(space.img_size, int) else space.img_size
+    threads = args.threads or (1 if max(size) <= TINY else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
     data = held_out_data(source, Loading(size, options["batch"], args.workers, settings.seed))
     about = {"data": options["data"], "batch": options["batch"]}
     return Search(space, data, settings, args.output, about=about, resume=args.resume)

@@ -88,7 +88,7 @@ class Run:
             if self.ema is not None:
                 shard(self.ema.module)
         elif self.group.world > 1:
-            parallel = DistributedDataParallel(learner, broadcast_buffers=False)
+            parallel = DistributedDataParallel(learner)
         if self.config.compile:
             parallel.compile()
         return parallel
