@@ -32,8 +32,9 @@ from .data import digits
 from .runs import Found, Progress, about, all_runs, check_folder, spread
 from .training import Recipe, trained
 
-#: Every second layer shares and widths double, as in the presets.
-BY_HAND = Candidate(Schedule("AS|AS|A"), (16, 32, 64))
+#: Every second layer shares and widths double, as in the presets. The narrowest of this kind: twice
+#: as wide, it gets 97 % of the digits right, which leaves no room for differences.
+BY_HAND = Candidate(Schedule("AS|AS|A"), (8, 16, 32))
 
 #: Of those that are trained from scratch.
 RECIPE = Recipe(epochs=30, batch=50, rate=1e-3, every=30)
