@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -112,6 +114,14 @@ def test_a_file_that_is_no_config_is_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         read_yaml(path)
     assert str(path) in str(error.value)
+
+
+def test_the_readmes_config_is_one(tmp_path):
+    readme = Path(__file__).parents[1] / "README.md"
+    (text,) = re.findall(r"```yaml\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "digits.yaml").write_text(text)
+    config = Config.of(read_yaml(tmp_path / "digits.yaml"))
+    assert (config.epochs, config.lr, config.auto_augment) == (30, 2e-3, None)
 
 
 def test_a_resumed_run_may_differ_in_what_results_do_not_depend_on():
