@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import re
 import threading
 import time
@@ -120,8 +121,20 @@ def _in_turn(jobs: Sequence[Job], processes: int) -> Iterator[Found]:
         yield from map(_run, jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent) as pool:
         yield from pool.map(_run_in_process, jobs)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed can't tell its processes: they would train on, and then wait."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 #: In a process of the pool, after Ctrl-C: what still waits there is not begun.
