@@ -40,7 +40,9 @@ def test_the_search_experiment(quick, tmp_path, capsys, monkeypatch):
     by_hand = {run["trained"]["by hand"]["flops"] for run in results["searches"]}
     assert len(by_hand) == 1
     for run in results["searches"]:
-        assert all(row["flops"] <= max(by_hand) for row in run["trained"].values())
+        for row in run["trained"].values():
+            assert row["flops"] <= max(by_hand) and len(row["times"]) == 3
+            assert row["accuracy"] == pytest.approx(sum(row["times"]) / 3)
         for curve in run["best"].values():
             assert len(curve) == len(results["costs"]) and sorted(curve) == curve
     gains = [run["reach"]["evolution"] - run["reach"]["random"] for run in results["searches"]]

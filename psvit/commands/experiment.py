@@ -254,15 +254,23 @@ def _show_search(results: Results) -> list[Any]:
     ]
     means = (_percent(results["reach"][name]) for name in ("evolution", "random"))
     trained = [
-        (name, *(f"{100 * run['trained'][name]['accuracy']:.1f}" for run in results["searches"]))
+        (
+            name,
+            *(f"{100 * run['trained'][name]['accuracy']:.1f}" for run in results["searches"]),
+            _percent(results["accuracy"][name]),
+        )
         for name in results["accuracy"]
     ]
-    seeds = (f"seed {seed}" for seed in range(settings["seeds"]))
+    seeds = [f"seed {seed}" for seed in range(settings["seeds"])]
+    by_hand = results["searches"][0]["trained"]["by hand"]
     return [
         table(
             f"Best held-out accuracy, %, mean over all costs up to {short(results['limit'])}FLOPs",
             (f"{evaluated} of {results['candidates']:,}", "evolution", "random"),
             [*reaches, ("all", *means)],
         ),
-        table("Test accuracy, %, from scratch", ("", *seeds), trained),
+        table("The best of each trained from scratch", ("", *seeds, "all"), trained),
+        f"from scratch: {settings['recipe']['epochs']} epochs, three times; accuracy, %, on "
+        f"{results['test_images']} test images; each search's best that costs no more than "
+        f"{by_hand['candidate']}, written by hand, {short(by_hand['flops'])}FLOPs",
     ]
