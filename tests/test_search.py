@@ -134,6 +134,13 @@ def test_children_stay_in_the_space(changes):
         assert space.mutate(a, rng, 0.0) == a
 
 
+def test_crossover_takes_each_stage_from_either_parent():
+    space, rng = small_space(), random.Random(4)
+    a, b = space.smallest, space.largest
+    children = {space.crossover(a, b, rng).stages for _ in range(100)}
+    assert children == set(itertools.product(*zip(a.stages, b.stages, strict=True)))
+
+
 def test_mutation_reaches_every_candidate():
     space, rng = small_space(), random.Random(5)
     seen = {space.mutate(space.smallest, rng, 1.0) for _ in range(20 * space.size())}

@@ -129,6 +129,18 @@ def test_the_supernet_learns(tmp_path):
     assert results["front"][-1]["accuracy"] > 0.8, results["front"]  # chance is 0.33
 
 
+def test_epochs_draw_other_candidates(tmp_path, monkeypatch):
+    found = search(tmp_path)
+    drawn = []
+    forward = found.supernet.forward
+    monkeypatch.setattr(
+        found.supernet, "forward", lambda x, c: drawn.append(c) or forward(x, c), raising=False
+    )
+    for _ in range(2):
+        found.training.epoch()
+    assert len(drawn) == 6 and drawn[:3] != drawn[3:]
+
+
 def test_the_same_seed_gives_the_same_front(tmp_path):
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.manual_seed(random.randrange(1000))  # nobody else's numbers matter

@@ -16,13 +16,16 @@ from psvit_kernels.probe import cache_file, device_key
 
 from ..attention import MapSlot
 from ..files import whole_file
-from ..schedule import Schedule
+from ..schedule import POOL, Schedule
 from ..timing import interleaved
 from .space import Candidate, SearchSpace
 
-#: What a layer does: it attends alone, or makes the map that others share, or shares.
 Name = Literal["embedding", "attends", "donates", "shares", "pool", "head"]
+
+#: What a layer does: it attends alone, or makes the map that others share, or shares. And a stage
+#: whose layers do these, in this order.
 _LAYERS: tuple[Name, ...] = ("attends", "donates", "shares")
+_STAGE = "AAS"
 
 
 class Part(NamedTuple):
@@ -62,7 +65,6 @@ def parts_of_all(space: SearchSpace) -> Iterator[Part]:
     for stage, (depths, widths) in enumerate(zip(space.depths, space.widths, strict=True)):
         shared = space.sharing and max(depths) > 1
         for name, width in itertools.product(_LAYERS if shared else _LAYERS[:1], widths):
-            # A stage of two layers or more may have one that attends alone.
             yield Part(name, stage, width)
         if stage:
             for before, width in itertools.product(space.widths[stage - 1], widths):
@@ -173,7 +175,7 @@ def _probe(
     widths[part.stage] = part.width
     if part.before:
         widths[part.stage - 1] = part.before
-    schedule = Schedule("|".join(["AAS"] * len(widths)))
+    schedule = Schedule(POOL.join([_STAGE] * len(widths)))
     model = space.model(Candidate(schedule, tuple(widths)), device=device).eval()
     run = _run(model, part, space, batch, device)
     if device.type != "cuda":
@@ -200,7 +202,7 @@ def _run(
         return lambda: pool.reduce(x, layout)
     if part.name == "head":
         return lambda: model.forward_head(model.norm(x))
-    first = 3 * part.stage
+    first = len(_STAGE) * part.stage
     slot = MapSlot(reuses=1)
     with torch.inference_mode():
         model.blocks.block(first + 1)(x, slot=slot)  # makes the map that a sharing layer applies

@@ -67,6 +67,5 @@ def reach(scores: Sequence[Score], low: float, high: float) -> float:
         here = min(max(score.cost, low), high)
         area += best * (here - cost)
         cost = here
-        if score.cost <= high:
-            best = max(best, score.accuracy)
+        best = max(best, score.accuracy)
     return (area + best * (high - cost)) / (high - low)
