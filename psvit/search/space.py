@@ -172,11 +172,11 @@ class SearchSpace:
             for depths, widths in zip(self.depths, self.widths, strict=True)
         )
 
-    def mutate(self, candidate: Candidate, rng: Random, rate: float = 0.2) -> Candidate:
+    def mutate(self, candidate: Candidate, rng: Random, rate: float = 0.1) -> Candidate:
         """Draws each choice anew with probability ``rate``: depths, widths, kinds of layers.
 
         A stage that gets shallower loses its last layers; one that gets deeper has random layers
-        there.
+        there. Source: the rate is that of single path one-shot, arXiv 1904.00420, section 4.
         """
         return Candidate.of(
             self._mutated(stage, depths, widths, rng, rate)
