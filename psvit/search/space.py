@@ -176,7 +176,7 @@ class SearchSpace:
         """Draws each choice anew with probability ``rate``: depths, widths, kinds of layers.
 
         A stage that gets shallower loses its last layers; one that gets deeper has random layers
-        there. Source: the rate is that of single path one-shot, arXiv 1904.00420, section 4.
+        there. Source: the rate is that of single path one-shot, arXiv 1904.00420.
         """
         return Candidate.of(
             self._mutated(stage, depths, widths, rng, rate)
