@@ -436,6 +436,7 @@ def test_reach_is_the_mean_of_the_best_accuracy_over_the_costs():
     costs = torch.linspace(1, 6, 100_001)[1:].tolist()
     slow = sum(max([s.accuracy for s in scores if s.cost <= c], default=0) for c in costs)
     assert reach(scores, 1.0, 6.0) == pytest.approx(slow / len(costs), abs=1e-4)
+    assert reach(scores[:1], 2.0, 2.0) == 0.5
 
 
 # --- evolution ------------------------------------------------------------------------------

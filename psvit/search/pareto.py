@@ -68,4 +68,4 @@ def reach(scores: Sequence[Score], low: float, high: float) -> float:
         area += best * (here - cost)
         cost = here
         best = max(best, score.accuracy)
-    return (area + best * (high - cost)) / (high - low)
+    return (area + best * (high - cost)) / (high - low) if high > low else best
