@@ -239,6 +239,7 @@ def test_a_limit_that_no_candidate_meets_is_known_before_anything_is_written(tmp
     [
         ({"epochs": 0}, "epochs: got 0, expected a whole number from 1 up"),
         ({"population": 0}, "population: got 0"),
+        ({"seed": -1}, "seed: got -1, expected a whole number from 0 up"),
         ({"lr": float("nan")}, "lr: got nan, expected more than 0"),
         ({"device": "tpu"}, 'device: got "tpu", expected "cpu" or "cuda"'),
         ({"limit": "none"}, 'limit: got "none", expected for example'),

@@ -52,9 +52,9 @@ DEFAULTS: dict[str, Any] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, metavar: str | None = None, *, help: str = "", **more: Any) -> None:
         default = DEFAULTS.get(flag.strip("-").replace("-", "_"))
-        said = f" (default: {default})".lstrip() if default else ""
+        said = f"(default: {default})" if default else ""
         more = {"metavar": metavar, **more} if metavar else more
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=help + said, **more)
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{help} {said}".strip(), **more)
 
     add("--data", "NAME", help="what psvit train takes")
     add("--img-size", "N", type=positive, help="pixels of a side; else those of the first image")
@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--population", "N", type=positive, help="candidates evaluated in a generation")
     add("--generations", "N", type=positive, help="of the evolution")
     add("--control", action="store_true", help="evaluate as many random candidates, to compare")
-    add("--latency-batch", "N", type=positive, help="images of a call")
-    add("--seed", "N", type=int)
+    add("--latency-batch", "N", type=positive, help="images of a call whose latency is measured")
+    add("--seed", "N", type=int, help="of everything (default: 0)")
     add("--device", choices=("cpu", "cuda"))
     parser.add_argument(
         "--threads",

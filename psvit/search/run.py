@@ -44,7 +44,7 @@ class Settings:
         device: "cpu" or "cuda".
 
     Raises:
-        ValueError: a number below 1, a limit that isn't one, an unknown device.
+        ValueError: a number out of its range, a limit that isn't one, an unknown device.
     """
 
     limit: str = "flops<=0.5"
@@ -61,6 +61,7 @@ class Settings:
         Limit.parse(self.limit)
         for name in ("epochs", "population", "generations", "latency_batch"):
             check_number(name, getattr(self, name), least=1)
+        check_number("seed", self.seed, least=0)
         if not self.lr > 0:
             raise ValueError(f"lr: got {self.lr}, expected more than 0")
         if self.device not in ("cpu", "cuda"):
