@@ -19,6 +19,7 @@ from helpers import threads
 from psvit import cli
 from psvit.commands import common, models
 from psvit.images import Preprocess, find_images, load_image, preprocess_of, read_labels
+from psvit.outputs import has_classes
 
 Image = pytest.importorskip("PIL.Image")
 timm = pytest.importorskip("timm")
@@ -298,7 +299,7 @@ def test_a_model_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     small = vision.VisionTransformer(32, 8, 2, 2, 32, 64)
     monkeypatch.setattr(vision, "get_model", lambda name, weights: small)
     found = loaded("torchvision:vit_b_16")
-    assert found.depth == 2 and models.has_classes(found.model) and found.weights is None
+    assert found.depth == 2 and has_classes(found.model) and found.weights is None
 
 
 def test_timm_says_what_its_images_need() -> None:

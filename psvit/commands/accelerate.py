@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import print_tables, progress, say, short, table
+from ..outputs import has_classes, logits_of
 from . import models
 from .common import (
     BadInputError,
@@ -193,9 +194,9 @@ def speeds(model: nn.Module, fast: nn.Module, x: Tensor, seconds: float) -> dict
     from psvit_kernels import use
 
     with torch.inference_mode(), bad_input():
-        after = models.logits_of(fast(x))
+        after = logits_of(fast(x))
         with use("reference"):
-            exact = models.logits_of(fast(x))
+            exact = logits_of(fast(x))
     return {
         "provider": _provider(),
         "threads": torch.get_num_threads(),
@@ -256,17 +257,17 @@ def agreement(
     """
     import torch
 
-    if labels is not None and not models.has_classes(model):
+    if labels is not None and not has_classes(model):
         raise BadInputError("--labels: the model has no classes")
     outputs: list[list[Tensor]] = [[], []]
     with torch.inference_mode(), progress("agreement", len(files)) as step:
         for x in models.read_batches(files, preprocess, batch, step):
             for network, found in zip((model, fast), outputs, strict=True):
-                found.append(models.logits_of(network(x)).double())
+                found.append(logits_of(network(x)).double())
             _check_labels(labels, outputs[0][0].shape[1])
     before, after = torch.cat(outputs[0]), torch.cat(outputs[1])
     result: dict[str, Any] = {"images": len(files)}
-    if not models.has_classes(model):
+    if not has_classes(model):
         alike = torch.nn.functional.cosine_similarity(before, after)
         return {**result, "feature_cosine": float(alike.mean())}
     classes = before.argmax(1), after.argmax(1)

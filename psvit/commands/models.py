@@ -244,25 +244,3 @@ def _preprocess_of_folder(folder: Path, config: Mapping[str, Any]) -> Preprocess
         std=tuple(said.get("image_std") or half),
         crop=1.0,
     )
-
-
-# --- outputs --------------------------------------------------------------------------------
-
-
-def logits_of(output: Any) -> Tensor:
-    """Class scores, or features where a model has no classes, `[B, n]`, from any host's output."""
-    for name in ("logits", "pooler_output", "last_hidden_state"):
-        value = getattr(output, name, None)
-        if value is not None:
-            output = value
-            break
-    if isinstance(output, (tuple, list)):
-        output = output[0]
-    return output.mean(1) if output.dim() == 3 else output
-
-
-def has_classes(model: nn.Module) -> bool:
-    """Whether the outputs of a host's model are class scores."""
-    if hasattr(model, "num_classes"):  # timm; torchvision has it too, and always classes
-        return int(model.num_classes) > 0  # type: ignore[arg-type]
-    return type(model).__name__.endswith("ForImageClassification")
