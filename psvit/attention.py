@@ -34,7 +34,7 @@ class Attention(nn.Module, ABC):
     """Self-attention over a host's own projections, which it holds by reference under their names.
 
     An adapter says in a subclass where the projections are: ``project``, ``project_values``,
-    ``finish``, ``unused`` and ``strip``.
+    ``values``, ``finish``, ``output_projection``, ``unused`` and ``strip``.
 
     Args:
         host: the host's attention module.
@@ -102,9 +102,24 @@ class Attention(nn.Module, ABC):
     def project_values(self, x: Tensor) -> Tensor:
         """Values alone, `(B, H, N, d)`."""
 
+    @property
+    @abstractmethod
+    def values(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `(H d, C)` and bias `(H d,)` of V: the parameters, or views of their rows."""
+
     @abstractmethod
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """What the host does with the merged heads, `(B, N, H d)`, to make `(B, N, C)` of them."""
+
+    @property
+    @abstractmethod
+    def output_projection(self) -> nn.Linear:
+        """The linear that makes `(B, N, C)` of the heads."""
+
+    @property
+    def finishes_linearly(self) -> bool:
+        """Whether ``finish`` is the output projection (and dropout) alone."""
+        return True
 
     @property
     @abstractmethod

@@ -59,6 +59,13 @@ class Block(nn.Module):
         assert isinstance(found, Attention)
         return found
 
+    @property
+    def last_linear(self) -> nn.Linear | None:
+        """The last linear of the MLP, if it has one that makes tokens of the block's width."""
+        width = self.attention_layer.output_projection.out_features
+        linears = [m for m in getattr(self, self.names.mlp).modules() if type(m) is nn.Linear]
+        return linears[-1] if linears and linears[-1].out_features == width else None
+
     def forward(self, x: Tensor, slot: MapSlot | None = None, bias: Tensor | None = None) -> Tensor:
         """`(B, N, C)` to `(B, N, C)`; ``slot`` and ``bias`` are for ``Attention``.
 

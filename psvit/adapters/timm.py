@@ -48,12 +48,16 @@ class FusedAttention(Attention):
         return self.q_norm(q), self.k_norm(k), v
 
     def project_values(self, x: Tensor) -> Tensor:
+        return split_heads(F.linear(x, *self.values), self.num_heads)
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor | None]:
         weight: Tensor = self.qkv.weight
         bias: Tensor | None = self.qkv.bias
         if not self.stripped:
             first = 2 * weight.shape[0] // 3
             weight, bias = weight[first:], None if bias is None else bias[first:]
-        return split_heads(F.linear(x, weight, bias), self.num_heads)
+        return weight, bias
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         norm, gate = self._modules.get("norm"), self._modules.get("gate")
@@ -62,6 +66,15 @@ class FusedAttention(Attention):
         if gate is not None:
             out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
+
+    @property
+    def output_projection(self) -> nn.Linear:
+        return self.proj
+
+    @property
+    def finishes_linearly(self) -> bool:
+        norm, gate = self._modules.get("norm"), self._modules.get("gate")
+        return gate is None and isinstance(norm, (nn.Identity, type(None)))
 
     @property
     def attention_dropout(self) -> float:

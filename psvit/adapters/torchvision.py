@@ -43,15 +43,23 @@ class PackedAttention(Attention):
         return q, k, v
 
     def project_values(self, x: Tensor) -> Tensor:
+        return split_heads(F.linear(x, *self.values), self.num_heads)
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor | None]:
         weight: Tensor = self.in_proj_weight
         bias: Tensor | None = self.in_proj_bias
         if not self.stripped:
             first = 2 * weight.shape[0] // 3
             weight, bias = weight[first:], None if bias is None else bias[first:]
-        return split_heads(F.linear(x, weight, bias), self.num_heads)
+        return weight, bias
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         return self.out_proj(out)
+
+    @property
+    def output_projection(self) -> nn.Linear:
+        return self.out_proj
 
     @property
     def attention_dropout(self) -> float:

@@ -103,8 +103,16 @@ class SeparateAttention(Attention):
     def project_values(self, x: Tensor) -> Tensor:
         return split_heads(self.v_proj(x), self.num_heads)
 
+    @property
+    def values(self) -> tuple[Tensor, Tensor | None]:
+        return self.v_proj.weight, self.v_proj.bias
+
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
-        return getattr(self, self.output)(out)
+        return self.output_projection(out)
+
+    @property
+    def output_projection(self) -> nn.Linear:
+        return getattr(self, self.output)
 
     @property
     def attention_dropout(self) -> float:

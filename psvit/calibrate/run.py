@@ -1,0 +1,205 @@
+"""``calibrate``: a trained model converted, and the layers that this changes refitted in turn."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..accelerate import accelerate
+from ..console import progress as console_progress
+from ..models.arguments import check_number
+from ..pooling import Kind
+from ..schedule import ATTEND, SHARE, Schedule
+from ..stack import Stack, find_stack
+from .correction import Correction, MLPFit, OutputFit, ValueFit
+from .images import HOLD_OUT, Images
+from .lockstep import Lockstep
+from .report import Fit, Report
+
+Model = TypeVar("Model", bound=nn.Module)
+Progress = Callable[[str, float], AbstractContextManager[Any]]
+
+
+class RankDeficientWarning(UserWarning):
+    """The images don't determine a fit; the ridge leaves what they don't say as it was."""
+
+
+def calibrate(
+    model: Model,
+    schedule: str | Schedule,
+    images: Tensor | Iterable[Tensor],
+    *,
+    pool: Kind = "stride",
+    dims: Literal[1, 2] = 2,
+    size_bias: bool = True,
+    ridge: float = 1e-2,
+    prefix_weight: float = 10.0,
+    batch: int = 32,
+    progress: Progress = console_progress,
+) -> tuple[Model, Report]:
+    """Converts a trained model, and refits in closed form the layers that this changes.
+
+    No labels, no gradients. Layer by layer, with the earlier ones corrected already, a layer that
+    shares gets the V, output projection and last MLP linear that bring its tokens nearest to the
+    original's; the first layer after a pool its output projection and last MLP linear. All goes
+    into weights that the layers have: the result is what ``psvit.accelerate`` gives, with other
+    numbers in it, and costs nothing more when it runs.
+
+    The images are run through both models twice for each of these layers, a batch at a time, and
+    only sums of products are kept, in float64: 16 (H C)^2 bytes for a layer of H heads and width
+    C, however many images there are.
+
+    Args:
+        model, schedule, pool, dims, size_bias: as for ``psvit.accelerate``; the model is copied.
+        images: `(B, channels, height, width)`, normalised as the model expects, or batches of
+            them that can be read again and again in the same order: a list, a DataLoader that
+            gives tensors and doesn't shuffle. One in ten is held out.
+        ridge: how strongly the fits are pulled towards the old weights, as a part of the mean of
+            the features' squared norms.
+        prefix_weight: how many patch tokens a prefix token (class, distillation, registers) counts
+            for.
+        batch: images that are run at a time.
+        progress: makes progress bars.
+
+    Returns:
+        The converted model, in the mode (train or eval) of the given one, and what was done to it.
+
+    Raises:
+        ValueError: as ``psvit.accelerate``; too few images to fit; images that the model refuses.
+        TypeError: images that aren't tensors, or that can be read only once.
+
+    Warns:
+        RankDeficientWarning: the images don't determine a fit, being too much alike.
+
+    Source: reduced-rank regression (Izenman 1975); that pretrained heads need aligning before
+    their maps can be shared: LiSA, arXiv 2408.01890.
+    """
+    _check_above_zero(ridge=ridge, prefix_weight=prefix_weight)
+    check_number("batch", batch, 1)
+    with warnings.catch_warnings():  # that outputs change: what is done here is the remedy
+        warnings.filterwarnings("ignore", message='schedule "', category=UserWarning)
+        fast = accelerate(model, schedule, pool=pool, dims=dims, size_bias=size_bias)
+    stack = find_stack(fast)
+    original = accelerate(model, ATTEND * len(stack)).eval()
+    modes = [(module, module.training) for module in fast.modules()]
+    lockstep = Lockstep(original, fast.eval())
+    source = Images(images, batch)
+    corrections, left_alone = _corrections(stack)
+    _check_enough(lockstep, corrections, source)
+    report = Report(
+        str(stack.schedule), source.fitted, source.count - source.fitted, left_alone=left_alone
+    )
+    missing = 0
+    with progress("calibrating", max(1, len(corrections) * source.count)) as step:
+        for correction in corrections:
+            fit, rank = _fit(correction, lockstep, source, ridge, prefix_weight, step)
+            report.fits.append(fit)
+            missing = max(missing, correction.independent - rank)
+    if missing:
+        warnings.warn(
+            f"images: {source.fitted} leave a fit short of {missing} independent features, as "
+            f"images do that are too much alike; the ridge leaves the old weights there",
+            RankDeficientWarning,
+            stacklevel=2,
+        )
+    for module, training in modes:
+        module.training = training
+    return fast, report
+
+
+def _corrections(stack: Stack) -> tuple[list[Correction], dict[int, str]]:
+    """What to fit, in order, and why something that ought to be fitted can't be."""
+    found: list[Correction] = []
+    left_alone: dict[int, list[str]] = {}
+    for layer, kind in enumerate(stack.schedule.kinds):
+        if kind == ATTEND and layer not in stack.schedule.pools:
+            continue
+        block = stack.block(layer)
+        attention = ValueFit if kind == SHARE and ValueFit.fits(block) else OutputFit
+        for part in (attention, MLPFit):
+            try:
+                found.append(part(block))
+            except ValueError as error:
+                left_alone.setdefault(layer, []).append(f"{part.part}: {error}")
+    return found, {layer: "; ".join(why) for layer, why in left_alone.items()}
+
+
+class _Sample:
+    """The problem of a correction on some of the images, and what its errors are relative to."""
+
+    def __init__(self, correction: Correction) -> None:
+        self.problem = correction.problem()
+        self.norm = 0.0
+
+    def add(self, features: Tensor, tokens: Tensor, goal: Tensor, weights: Tensor) -> None:
+        """Of each token its features, what it is without the fitted part, and what it should be."""
+        rows = (t.flatten(0, 1) for t in (features, goal - tokens, weights))
+        self.problem.add(*rows)
+        self.norm += float((goal.double().square().sum(2) * weights).sum())
+
+    def error(self, parameters: Tensor) -> float | None:
+        return self.problem.error(parameters) / self.norm if self.norm else None
+
+
+def _fit(
+    correction: Correction,
+    lockstep: Lockstep,
+    source: Images,
+    ridge: float,
+    prefix_weight: float,
+    step: Callable[[float], object],
+) -> tuple[Fit, int]:
+    """Fits one part of one layer, and tells the rank of its features."""
+    layer, prefix = correction.block.layer, lockstep.converted.prefix
+    fitted, held_out = _Sample(correction), _Sample(correction)
+    for images, held in source:
+        rows = correction.rows(lockstep.run(images, layer))
+        weights = torch.ones(rows[0].shape[:2], dtype=torch.float64, device=rows[0].device)
+        weights[:, :prefix] = prefix_weight
+        for sample, chosen in ((fitted, ~held), (held_out, held)):
+            if chosen.any():
+                sample.add(*(t[chosen.to(t.device)] for t in (*rows, weights)))
+        step(len(images))
+    start, rank = correction.start(), fitted.problem.rank()
+    parameters = correction.solve(fitted.problem, ridge)
+    before, after = held_out.error(start), held_out.error(parameters)
+    kept = before is None or after is None or after < before
+    if kept:
+        with torch.no_grad():
+            correction.write(parameters)
+    errors = fitted.error(start) or 0.0, fitted.error(parameters) or 0.0
+    return Fit(layer, correction.part, *errors, before, after, kept), rank
+
+
+def _check_above_zero(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ValueError(f"{name}: got {value!r}, expected a number above 0")
+
+
+def _check_enough(lockstep: Lockstep, corrections: list[Correction], source: Images) -> None:
+    """Raises unless the images fitted to have as many tokens as any fit has parameters."""
+    first, _ = next(iter(source))
+    try:
+        tokens = lockstep.embed(first[:1]).shape[1]
+    except (AssertionError, RuntimeError, ValueError) as error:
+        shape = tuple(first.shape[1:])
+        raise ValueError(f"images: got {shape} each, which the model refuses: {error}") from error
+    stack = lockstep.converted
+    layouts = stack.layouts(tokens)
+    needed = 1
+    for correction in corrections:
+        each = layouts[stack.stages[correction.block.layer]].tokens
+        needed = max(needed, math.ceil((correction.features + 1) / each))
+    if source.fitted < needed:
+        least = needed + (needed - 1) // (HOLD_OUT - 1)
+        raise ValueError(
+            f"images: got {source.count}, expected at least {least}, so that the tokens of those "
+            f"not held out are as many as the parameters of a fit"
+        )
