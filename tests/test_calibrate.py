@@ -279,6 +279,25 @@ def test_the_least_number_of_images_is_told_right() -> None:
     fitted(model, "AAA|A", images(least, 3, 32, 32))
 
 
+def test_tokens_that_are_kept_fit_the_budget_and_change_nothing() -> None:
+    model, batches = timm_vit(), images(12, 3, 32, 32).split(4)
+    each = 4 * 65 * 24 * 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = psvit.accelerate(model, "AS|AS", pool="avg", size_bias=True)
+    both = Lockstep(psvit.accelerate(model, "AAAA"), fast, budget=3 * each)
+    fresh = Lockstep(psvit.accelerate(model, "AAAA"), fast)
+    for layer in (1, 1, 2, 3, 3):
+        for place, batch in enumerate(batches):
+            got, want = both.run(batch, layer, place), fresh.run(batch, layer)
+            for name, value in vars(want).items():
+                error = float((getattr(got, name) - value).abs().max())
+                assert error < 1e-4, (layer, place, name, error)
+            kept = sum(streams.nbytes for streams in both._kept.values())
+            assert 0 < kept <= 3 * each, kept
+    assert not fresh._kept
+
+
 def test_hooks_go_when_a_pass_fails() -> None:
     both = lockstep(timm_vit(), "ASAA")
     block = both.converted.block(1)

@@ -136,10 +136,10 @@ class MLPFit(_LinearFit):
 
 
 class ValueFit(Correction):
-    """V and output projection of a layer that shares, together.
+    """V and output projection, together.
 
-    Head h adds P_h X W_h to the tokens, where W_h = V_h O_h is any `(C, C)` matrix of rank d. As
-    each head has a W_h of its own, the fit also finds which head makes use of which map.
+    Head h adds P_h X W_h to the tokens, where W_h = V_h O_h is any `(C, C)` matrix of rank d. In
+    a layer that shares, this also finds which head makes what use of which map.
     """
 
     part = "V and output projection"
@@ -165,8 +165,7 @@ class ValueFit(Correction):
         return self.features - self.attention.num_heads
 
     def rows(self, seen: LayerPass) -> tuple[Tensor, Tensor, Tensor]:
-        assert seen.shared is not None
-        mixed = seen.shared @ seen.normed[:, None]  # (B, H, M, C)
+        mixed = seen.map @ seen.normed[:, None]  # (B, H, M, C)
         return mixed.transpose(1, 2).flatten(2), seen.tokens, seen.middle_target
 
     def start(self) -> Tensor:

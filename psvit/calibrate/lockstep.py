@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from psvit_kernels import AttentionMap
-
 from ..attention import MapSlot
 from ..block import Block
-from ..stack import Flow, find_stack
+from ..layout import Layout
+from ..stack import Flow, Stack, find_stack
+
+#: Bytes of tokens that are kept from one fit to the next.
+TOKEN_BUDGET = 512 * 2**20
 
 
 @dataclass
@@ -32,7 +34,7 @@ class LayerPass:
         hidden: the input of the MLP's last linear, `(B, M, hidden)`; None if there is none.
         after: after the layer, `(B, M, C)`.
         middle_target, after_target: the original's ``middle`` and ``after``.
-        shared: the map that the layer applies, per head, `(B, H, M, M)`; None if it attends.
+        map: what the layer applies, per head, `(B, H, M, M)`.
     """
 
     tokens: Tensor
@@ -43,40 +45,70 @@ class LayerPass:
     after: Tensor
     middle_target: Tensor
     after_target: Tensor
-    shared: Tensor | None
+    map: Tensor
+
+
+class _Streams(NamedTuple):
+    """The tokens of both models that enter a layer, and what they are in each stage."""
+
+    layer: int
+    original: Tensor
+    converted: Tensor
+    layouts: list[Layout]
+
+    @property
+    def nbytes(self) -> int:
+        same = self.original is self.converted
+        return self.original.nbytes + (0 if same else self.converted.nbytes)
 
 
 class Lockstep:
     """Runs both models on a batch, from the same embedded tokens, and stops after a layer.
 
+    What enters the group of a layer (its donor and those that share with it) is kept for the next
+    call with the same batch, which may ask for that group or a later one: weights that precede it
+    must not have changed by then.
+
     Args:
         original: converted to the schedule whose layers all attend, so that both have the same
             kind of blocks, whatever their host.
         converted: a copy of it under another schedule.
+        budget: bytes of tokens to keep; the others are computed again.
 
     Both are expected in eval mode.
     """
 
-    def __init__(self, original: nn.Module, converted: nn.Module) -> None:
+    def __init__(
+        self, original: nn.Module, converted: nn.Module, budget: int = TOKEN_BUDGET
+    ) -> None:
         self.model = converted
         self.original = find_stack(original)
         self.converted = find_stack(converted)
+        self.budget = budget
+        schedule = self.converted.schedule
+        # Layers before it are as in the original, and nobody shares their maps.
+        self.first_changed = next(
+            (g[0] for g in schedule.groups if len(g) > 1 or g[0] in schedule.pools), schedule.depth
+        )
+        self._kept: dict[int, _Streams] = {}
 
     @torch.no_grad()
-    def run(self, images: Tensor, layer: int) -> LayerPass:
+    def run(self, images: Tensor, layer: int, place: int | None = None) -> LayerPass:
         """The pass of a batch of images through a layer, counted from 0.
 
         Args:
             images: `(B, channels, height, width)`, on any device, in any dtype.
+            place: the number of the batch, if it will be asked for again.
         """
-        tokens = self.embed(images.to(next(self.model.parameters())))
-        middle_target, after_target = self._targets(tokens, layer)
-        flow, x = Flow(self.converted), tokens
-        for i in range(layer):
+        donor = self.converted.donors[layer]
+        streams = self._advanced(images, donor, place)
+        middle_target, after_target = self._targets(streams, layer)
+        flow, x = _flow(self.converted, streams), streams.converted
+        flow.slots.setdefault(donor, MapSlot(reuses=1))
+        for i in range(donor, layer):
             x = flow.run(i, x)
         with _tapped(self.converted.block(layer)) as taps:
             after = flow.run(layer, x)
-        shared: AttentionMap | None = taps.get("shared")
         return LayerPass(
             tokens=taps["tokens"],
             normed=taps["normed"],
@@ -86,8 +118,26 @@ class Lockstep:
             after=after,
             middle_target=middle_target,
             after_target=after_target,
-            shared=None if shared is None else shared.dense(),
+            map=taps["map"],
         )
+
+    def _advanced(self, images: Tensor, layer: int, place: int | None) -> _Streams:
+        before = None if place is None else self._kept.pop(place, None)
+        if before is None or before.layer > layer:
+            tokens = self.embed(images.to(next(self.model.parameters())))
+            pools = self.converted.schedule.pools
+            layouts = self.converted.layouts(tokens.shape[1]) if pools else []
+            before = _Streams(0, tokens, tokens, layouts)
+        original, converted = before.original, before.converted
+        flow, changed = Flow(self.original), _flow(self.converted, before)
+        for i in range(before.layer, layer):
+            original = flow.run(i, original)
+            converted = original if i < self.first_changed else changed.run(i, converted)
+        streams = _Streams(layer, original, converted, before.layouts)
+        kept = sum(other.nbytes for other in self._kept.values())
+        if place is not None and kept + streams.nbytes <= self.budget:
+            self._kept[place] = streams
+        return streams
 
     def embed(self, images: Tensor) -> Tensor:
         """The tokens that enter the first layer, `(B, N, C)`."""
@@ -100,22 +150,24 @@ class Lockstep:
             hook.remove()
         raise RuntimeError("the model ran without its first layer")
 
-    def _targets(self, tokens: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        flow, x = Flow(self.original), tokens
-        for i in range(layer):
+    def _targets(self, streams: _Streams, layer: int) -> tuple[Tensor, Tensor]:
+        flow, x = Flow(self.original), streams.original
+        for i in range(streams.layer, layer):
             x = flow.run(i, x)
         with _tapped(self.original.block(layer)) as taps:
             after = flow.run(layer, x)
-        count = tokens.shape[1]
-        return self._pooled(taps["middle"], layer, count), self._pooled(after, layer, count)
+        middle = taps["middle"]
+        for i in range(self.converted.stages[layer]):
+            pool, layout = self.converted.pool(i), streams.layouts[i]
+            (middle, _), (after, _) = pool.reduce(middle, layout), pool.reduce(after, layout)
+        return middle, after
 
-    def _pooled(self, x: Tensor, layer: int, tokens: int) -> Tensor:
-        stack = self.converted
-        if stack.stages[layer]:
-            layouts = stack.layouts(tokens)
-            for i in range(stack.stages[layer]):
-                x, _ = stack.pool(i).reduce(x, layouts[i])
-        return x
+
+def _flow(stack: Stack, streams: _Streams) -> Flow:
+    flow = Flow(stack)
+    if streams.layouts:  # the tokens may be fewer than those that the layouts are of
+        flow.layouts = streams.layouts
+    return flow
 
 
 class _Reached(Exception):
@@ -140,16 +192,16 @@ def _tapped(block: Block) -> Iterator[dict[str, Any]]:
 
         return hook
 
-    def keep_map(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def keep_map(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Tensor) -> None:
         taps["normed"] = args[0]
         slot: MapSlot | None = kwargs["slot"]
-        if block.attention_layer.shares and slot is not None:
-            taps["shared"] = slot.map
+        if slot is not None and slot.map is not None:
+            taps["map"] = slot.map.dense()
 
     attention = block.attention_layer
     hooks = [
         block.register_forward_pre_hook(keep("tokens")),
-        attention.register_forward_pre_hook(keep_map, with_kwargs=True),
+        attention.register_forward_hook(keep_map, with_kwargs=True),
         attention.output_projection.register_forward_pre_hook(keep("heads")),
         getattr(block, block.names.norm2).register_forward_pre_hook(keep("middle")),
     ]

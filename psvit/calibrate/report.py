@@ -18,6 +18,7 @@ class Fit:
     Args:
         layer: counted from 0.
         part: what was fitted: see ``psvit.calibrate.correction``.
+        ridge: how strongly it was pulled towards the old weights.
         before, after: error on the images of the fit.
         held_out_before, held_out_after: on those held out; None if there are none.
         kept: whether the layer has the new weights. It has not where they raise the error on the
@@ -26,6 +27,7 @@ class Fit:
 
     layer: int
     part: str
+    ridge: float
     before: float
     after: float
     held_out_before: float | None
