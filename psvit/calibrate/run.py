@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -90,21 +90,15 @@ def calibrate(
     ridges = RIDGES if ridge is None else (ridge,)
     _check_above_zero(ridge=ridges[0], prefix_weight=prefix_weight)
     check_number("batch", batch, 1)
-    with warnings.catch_warnings():  # that outputs change: what is done here is the remedy
-        warnings.filterwarnings("ignore", message='schedule "', category=UserWarning)
-        fast = accelerate(model, schedule, pool=pool, dims=dims, size_bias=size_bias)
-    stack = find_stack(fast)
-    original = accelerate(model, ATTEND * len(stack)).eval()
-    modes = [(module, module.training) for module in fast.modules()]
-    lockstep = Lockstep(original, fast.eval())
+    fast, original = _both(model, schedule, pool, dims, size_bias)
+    lockstep = Lockstep(original, fast)
     source = Images(images, batch)
-    corrections, left_alone = _corrections(stack)
-    _check_enough(lockstep, corrections, source)
-    report = Report(
-        str(stack.schedule), source.fitted, source.count - source.fitted, left_alone=left_alone
-    )
-    missing = 0
-    with progress("calibrating", max(1, len(corrections) * source.count)) as step:
+    corrections, left_alone = _corrections(lockstep.converted)
+    text, held_out = str(lockstep.converted.schedule), source.count - source.fitted
+    report = Report(text, source.fitted, held_out, left_alone=left_alone)
+    missing, work = 0, max(1, len(corrections) * source.count)
+    with _in_eval_mode(fast), progress("calibrating", work) as step:
+        _check_enough(lockstep, corrections, source)
         for correction in corrections:
             fit, rank = _fit(correction, lockstep, source, ridges, prefix_weight, step)
             report.fits.append(fit)
@@ -116,9 +110,28 @@ def calibrate(
             RankDeficientWarning,
             stacklevel=2,
         )
-    for module, training in modes:
-        module.training = training
     return fast, report
+
+
+def _both(
+    model: Model, schedule: str | Schedule, pool: Kind, dims: Literal[1, 2], size_bias: bool
+) -> tuple[Model, Model]:
+    """A converted copy of a model, and one as it is, in eval mode, of the same kind of blocks."""
+    with warnings.catch_warnings():  # that outputs change: what is done here is the remedy
+        warnings.filterwarnings("ignore", message='schedule "', category=UserWarning)
+        fast = accelerate(model, schedule, pool=pool, dims=dims, size_bias=size_bias)
+    return fast, accelerate(model, ATTEND * len(find_stack(fast))).eval()
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _corrections(stack: Stack) -> tuple[list[Correction], dict[int, str]]:
