@@ -164,10 +164,11 @@ def _explicit(both: Lockstep, x: Tensor, correction: Any) -> Tensor:
 
 
 def test_names_and_modes_stay_and_the_given_model_is_untouched() -> None:
-    model, x = timm_vit().train(), images(20, 3, 32, 32)
+    model, x = timm_vit(proj_drop_rate=0.5, drop_path_rate=0.5).train(), images(20, 3, 32, 32)
     model.norm.eval()
     before = copy.deepcopy(model.state_dict())
-    fast, _ = fitted(model, "AS|AA", x)
+    fast, report = fitted(model, "AS|AA", x)
+    assert not report.left_alone
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert {n: p.shape for n, p in fast.state_dict().items()} == {
@@ -249,6 +250,13 @@ def _once() -> Iterator[Tensor]:
         ("ASAA", (1, 3, 32, 32), {}, ValueError, r"images: got 1, expected at least 2, so that"),
         ("AAA|A", (11, 3, 32, 32), {}, None, ""),
         ("ASAA", (20, 3, 24, 32), {}, ValueError, r"images: got \(3, 24, 32\) each, which the mod"),
+        (
+            "ASAA",
+            [torch.zeros(20, 3, 32, 32), torch.zeros(1, 3, 32, 24)],
+            {},
+            ValueError,
+            r"images: got \(3, 32, 24\) each",
+        ),
         ("ASAA", (3, 32, 32), {}, ValueError, r"images: got shape \(3, 32, 32\), expected \(B, ch"),
         ("ASAA", (0, 3, 32, 32), {}, ValueError, r"images: got none, expected at least one"),
         ("ASAA", [1], {}, TypeError, r"images: got int, expected a Tensor"),

@@ -124,7 +124,7 @@ class Lockstep:
     def _advanced(self, images: Tensor, layer: int, place: int | None) -> _Streams:
         before = None if place is None else self._kept.pop(place, None)
         if before is None or before.layer > layer:
-            tokens = self.embed(images.to(next(self.model.parameters())))
+            tokens = self.embed(images)
             pools = self.converted.schedule.pools
             layouts = self.converted.layouts(tokens.shape[1]) if pools else []
             before = _Streams(0, tokens, tokens, layouts)
@@ -139,13 +139,23 @@ class Lockstep:
             self._kept[place] = streams
         return streams
 
+    @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """The tokens that enter the first layer, `(B, N, C)`."""
+        """The tokens that enter the first layer, `(B, N, C)`.
+
+        Raises:
+            ValueError: images that the model refuses.
+        """
         hook = self.converted.block(0).register_forward_pre_hook(_stop)
         try:
-            self.model(images)
+            self.model(images.to(next(self.model.parameters())))
         except _Reached as reached:
             return reached.tokens
+        except (AssertionError, RuntimeError, ValueError) as error:
+            shape = tuple(images.shape[1:])
+            raise ValueError(
+                f"images: got {shape} each, which the model refuses: {error}"
+            ) from error
         finally:
             hook.remove()
         raise RuntimeError("the model ran without its first layer")

@@ -93,16 +93,15 @@ def calibrate(
     fast, original = _both(model, schedule, pool, dims, size_bias)
     lockstep = Lockstep(original, fast)
     source = Images(images, batch)
-    corrections, left_alone = _corrections(lockstep.converted)
-    text, held_out = str(lockstep.converted.schedule), source.count - source.fitted
-    report = Report(text, source.fitted, held_out, left_alone=left_alone)
-    missing, work = 0, max(1, len(corrections) * source.count)
-    with _in_eval_mode(fast), progress("calibrating", work) as step:
+    with _in_eval_mode(fast):
+        corrections, left_alone = _corrections(lockstep.converted)
         _check_enough(lockstep, corrections, source)
-        for correction in corrections:
-            fit, rank = _fit(correction, lockstep, source, ridges, prefix_weight, step)
-            report.fits.append(fit)
-            missing = max(missing, correction.independent - rank)
+        fits, missing = [], 0
+        with progress("calibrating", max(1, len(corrections) * source.count)) as step:
+            for correction in corrections:
+                fit, rank = _fit(correction, lockstep, source, ridges, prefix_weight, step)
+                fits.append(fit)
+                missing = max(missing, correction.independent - rank)
     if missing:
         warnings.warn(
             f"images: {source.fitted} leave a fit short of {missing} independent features, as "
@@ -110,7 +109,9 @@ def calibrate(
             RankDeficientWarning,
             stacklevel=2,
         )
-    return fast, report
+    held_out = source.count - source.fitted
+    schedule = lockstep.converted.schedule
+    return fast, Report(str(schedule), source.fitted, held_out, fits, left_alone)
 
 
 def _both(
@@ -220,11 +221,7 @@ def _check_above_zero(**numbers: float) -> None:
 def _check_enough(lockstep: Lockstep, corrections: list[Correction], source: Images) -> None:
     """Raises unless the images fitted to have as many tokens as any fit has parameters."""
     first, _ = next(iter(source))
-    try:
-        tokens = lockstep.embed(first[:1]).shape[1]
-    except (AssertionError, RuntimeError, ValueError) as error:
-        shape = tuple(first.shape[1:])
-        raise ValueError(f"images: got {shape} each, which the model refuses: {error}") from error
+    tokens = lockstep.embed(first[:1]).shape[1]
     stack = lockstep.converted
     layouts = stack.layouts(tokens)
     needed = 1
