@@ -69,7 +69,11 @@ class Report:
         ]
         title = f"{self.schedule}: error of the tokens, {self.images} images"
         header = ("layer", "part", "before", "after", "held out: before", "after")
-        return table(title, header, rows, left=2)
+        made = table(title, header, rows, left=2)
+        made.caption = "\n".join(
+            f"layer {layer + 1} left alone: {why}" for layer, why in self.left_alone.items()
+        )
+        return made
 
 
 def _errors(fit: Fit) -> tuple[float | None, ...]:
