@@ -3,9 +3,13 @@
 from . import init
 from .accelerate import accelerate, restore
 from .analyze import Analysis, analyze
+from .calibrate import calibrate
+from .distill import Distillation, distill
 from .layout import Layout
 from .models import create_model
 from .models.registration import register_when_imported
+from .planning.plan import Plan
+from .planning.run import plan
 from .pooling import GridPool
 from .schedule import Schedule
 from .stack import record_maps
@@ -14,14 +18,19 @@ register_when_imported()
 
 __all__ = [
     "Analysis",
+    "Distillation",
     "GridPool",
     "Layout",
     "PSViT",
+    "Plan",
     "Schedule",
     "accelerate",
     "analyze",
+    "calibrate",
     "create_model",
+    "distill",
     "init",
+    "plan",
     "record_maps",
     "restore",
 ]

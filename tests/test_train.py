@@ -26,8 +26,8 @@ import numpy as np
 from safetensors.torch import load_file
 
 import psvit
-from psvit import train
-from psvit.train import checkpoint, loop
+from psvit import checkpoint, train
+from psvit.train import loop
 
 SMALL = {
     "model": "psvit",
@@ -356,7 +356,8 @@ KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
 from psvit import train
-from psvit.train import checkpoint, loop
+from psvit import checkpoint
+from psvit.train import loop
 
 where, count = sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
@@ -543,7 +544,7 @@ def test_resuming_with_another_config_lists_the_differences(data, tmp_path):
         (lambda path: path.unlink(), "no such checkpoint to go on from"),
         (lambda path: os.truncate(path, path.stat().st_size // 2), "not a whole checkpoint"),
         (lambda path: path.write_bytes(b""), "not a whole checkpoint"),
-        (lambda path: torch.save({"a": 1}, path), "not a checkpoint of psvit train"),
+        (lambda path: torch.save({"a": 1}, path), "not a checkpoint of psvit, or"),
     ],
     ids=["missing", "truncated", "empty", "foreign"],
 )

@@ -23,8 +23,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from psvit import cli
-from psvit.train import checkpoint, loop
+from psvit import checkpoint, cli
+from psvit.train import loop
 
 FLAGS = (
     *("--model", "psvit", "--schedule", "AS|A", "--widths", "16,32"),

@@ -45,7 +45,14 @@ NOT_TUNED = "Neither calibrated nor fine-tuned: what agreement is lost here, tra
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
-    parser.add_argument("--schedule", required=True, metavar="TEXT", help='such as "AASA|ASSS"')
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--schedule", metavar="TEXT", help='such as "AASA|ASSS"')
+    which.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE.json",
+        help="what psvit plan or psvit calibrate wrote: schedule, pool, corrected weights",
+    )
     parser.add_argument(
         "--pool",
         default="max",
@@ -116,7 +123,7 @@ def _converted(args: argparse.Namespace, work: Path | None) -> dict[str, Any]:
         "pool": args.pool if schedule.pools else None,
         "dims": args.dims,
         "size_bias": args.size_bias,
-        "tuned": False,
+        "tuned": args.plan is not None,
         **costs(loaded.model, fast, schedule, args),
         **speeds(loaded.model, fast, inputs(loaded.preprocess, files, args.batch), args.seconds),
         "agreement": None,
@@ -147,8 +154,15 @@ def _labels(args: argparse.Namespace, files: Sequence[Path]) -> list[int] | None
 def convert(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Schedule]:
     """The converted copy and its schedule."""
     from ..accelerate import accelerate
+    from ..planning.plan import Plan
     from ..schedule import Schedule
 
+    if args.plan is not None:
+        plan = Plan.load(args.plan)
+        if args.strip:
+            raise ValueError("--strip: expected without --plan, whose weights have Q and K")
+        args.pool, args.dims, args.size_bias = plan.pool, plan.dims, plan.size_bias
+        return plan.apply(model).eval(), plan.schedule
     options = {"pool": args.pool, "dims": args.dims, "size_bias": args.size_bias}
     fast = accelerate(model, args.schedule, strip=args.strip, **options)
     return fast.eval(), Schedule.parse(args.schedule)
@@ -374,7 +388,8 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     )
     every = [row[when] for row in result["latency"] for when in ("before", "after")]
     remarks += filter(None, [unsteady(every)])
-    remarks.append(NOT_TUNED)
+    if not result["tuned"]:
+        remarks.append(NOT_TUNED)
     if "output" in result:
         remarks.append(f"Saved: {result['output']}")
     return remarks

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..console import progress
 from ..weights import fill, read_state
 from .common import BadInputError, bad_input, need, numbers, one_line, span
 
@@ -166,6 +167,15 @@ def read_batches(
             return
         yield batch
         step(len(batch))
+
+
+def read_all(args: argparse.Namespace, preprocess: Preprocess) -> Tensor:
+    """All images that the arguments name, `(B, channels, height, width)`."""
+    import torch
+
+    files = select_images(args)
+    with progress("reading images", len(files)) as step:
+        return torch.cat(list(read_batches(files, preprocess, 32, step)))
 
 
 # --- the host libraries ---------------------------------------------------------------------

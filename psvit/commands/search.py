@@ -120,9 +120,9 @@ def _prepared(args: argparse.Namespace) -> Search:
     """What the options say, over what the search to go on with says."""
     import torch
 
+    from .. import checkpoint
     from ..search.data import held_out_data
     from ..search.run import Search, Settings
-    from ..train import checkpoint
     from ..train.data import Loading
     from ..train.sources import open_source
 

@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     need("train", "timm", "torchvision", "yaml", "safetensors", "matplotlib")
+    from ..checkpoint import NAME
     from ..console import say
-    from ..train.checkpoint import NAME
     from ..train.config import Config
     from ..train.loop import LossError, prepared
     from ..train.sources import CorruptImageError
@@ -81,7 +81,7 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
     given |= {key: _value(key, getattr(args, key)) for key in OPTIONS if hasattr(args, key)}
     if not args.resume:
         return given
-    from ..train import checkpoint
+    from .. import checkpoint
 
     folder = Path(given.get("output", Config.__dataclass_fields__["output"].default))
     return checkpoint.load(folder)["config"] | given

@@ -89,7 +89,7 @@ def all_runs(
     """
     check_folder(folder, common)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    _write(folder / "settings.json", common)
+    write_json(folder / "settings.json", common)
     jobs = [
         Job(learn, arm, seed, folder / "runs" / f"{_slug(arm)}-{seed}.json")
         for seed in range(seeds)
@@ -162,11 +162,12 @@ def _run(job: Job) -> Found:
             found = job.learn(job.arm, job.seed)
     finally:
         torch.set_num_threads(threads)
-    _write(job.file, found)
+    write_json(job.file, found)
     return found
 
 
-def _write(file: Path, tree: Mapping[str, Any]) -> None:
+def write_json(file: Path, tree: Mapping[str, Any]) -> None:
+    """Whole, or not at all."""
     with whole_file(file) as work:
         work.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
@@ -189,7 +190,7 @@ def write_results(
     results = {**results, "seconds": round(time.perf_counter() - started, 1)}
     with whole_file(folder / "curves.png") as work:
         draw_curves(results["epochs"], results["accuracy"], work, title=title)
-    _write(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     return results
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .. import checkpoint
 from ..console import progress as console_progress
 from ..files import whole_folder
 from ..plots import draw_curves
@@ -25,7 +26,6 @@ from ..search.data import held_out_data
 from ..search.run import Search
 from ..search.run import Settings as SearchSettings
 from ..search.space import Candidate, SearchSpace, default_space
-from ..train import checkpoint
 from ..train.data import Loading
 from ..train.sources import open_source
 from .data import digits

@@ -44,7 +44,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``run`` does; on digits it takes less than ten minutes on two cores.
+    """What ``run`` does; on digits it takes some ten minutes on two cores that do nothing else.
 
     Args:
         data: "digits", or a folder or file of packed images (see ``data.packed``).

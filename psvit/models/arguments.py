@@ -15,14 +15,6 @@ Size = int | tuple[int, int]
 _POOLINGS = ("token", "avg", "avgmax", "max", "")
 
 
-def check_number(name: str, value: object, least: int) -> None:
-    """Raises unless it is a whole number, or a pair of them."""
-    pair_of = isinstance(value, (tuple, list)) and len(value) == 2
-    for number in value if pair_of else (value,):  # type: ignore[attr-defined]
-        if not isinstance(number, int) or number < least:
-            raise ValueError(f"{name}: got {value!r}, expected a whole number from {least} up")
-
-
 def stage_widths(widths: int | Sequence[int], schedule: Schedule, head_dim: int) -> tuple[int, ...]:
     stages = len(schedule.stages)
     found = (widths,) * stages if isinstance(widths, int) else tuple(widths)

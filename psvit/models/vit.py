@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from ..adapters.timm import NAMES, FusedAttention, patch_grid
 from ..block import Block
 from ..layout import GridSource, Layout, RecordGrid
+from ..numbers import check_number
 from ..schedule import Schedule
 from ..stack import Stack
 from .arguments import (
     Size,
-    check_number,
     global_pooling,
     is_inside,
     pair,

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from .. import checkpoint
 from ..bench.machine import commit, machine, versions
 from ..console import progress as console_progress
 from ..files import clear_unfinished, whole_folder
-from ..models.arguments import check_number
+from ..numbers import check_number
 from ..plots import draw_search
-from ..train import checkpoint
 from .cost import Limit, flops
 from .evolution import Evolution, RandomSearch
 from .latency import LatencyTable

@@ -13,7 +13,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..layout import Layout
-from ..models.arguments import Size, check_number
+from ..models.arguments import Size
+from ..numbers import check_number
 from ..schedule import ATTEND, POOL, SHARE, Schedule
 
 if TYPE_CHECKING:

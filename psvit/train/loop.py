@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from .. import console
+from .. import checkpoint, console
 from ..files import clear_unfinished
-from . import checkpoint
 from .config import Config
 from .data import Loading, order, steps, test_batches, train_batches
 from .distributed import Group, join

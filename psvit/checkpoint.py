@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..files import whole_file
+from .files import whole_file
 
 #: Of the file's contents; a file of another form is refused.
 FORM = 1
@@ -50,5 +50,5 @@ def load(folder: Path) -> dict[str, Any]:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not a whole checkpoint: {said}") from error
     if not isinstance(state, dict) or state.get("form") != FORM:
-        raise ValueError(f"{path}: not a checkpoint of psvit train, or one of another version")
+        raise ValueError(f"{path}: not a checkpoint of psvit, or one of another version")
     return state

@@ -1,0 +1,116 @@
+"""Find the schedule that loses least within a budget for a trained model, and correct it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..console import print_tables, table
+from . import models
+from .common import BadInputError, add_json, bad_input, need, positive, print_json, writing
+
+if TYPE_CHECKING:
+    from ..planning.plan import Plan
+
+EXAMPLES = """\
+examples:
+  psvit plan vit_tiny_patch16_224 --weights vit.safetensors --images photos/ \\
+      --budget "flops<=0.7" --output plan.json
+  psvit accelerate vit_tiny_patch16_224 --weights vit.safetensors --plan plan.json
+
+No labels, no gradients: some hundred images of the kind that the model is for. It takes some
+minutes on two cores.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models.add_arguments(parser)
+    parser.add_argument(
+        "--budget",
+        required=True,
+        metavar="TEXT",
+        help='"flops<=0.7", "latency<=0.7" (of the model\'s own) or "top1_agreement>=0.98"',
+    )
+    parser.add_argument(
+        "--pool",
+        default="stride",
+        choices=("avg", "stride", "max"),
+        help="how tokens are pooled (default: stride)",
+    )
+    parser.add_argument(
+        "--pools", type=int, default=1, choices=(0, 1, 2), help="at most so many (default: 1)"
+    )
+    parser.add_argument(
+        "--latency-batch", type=positive, default=1, metavar="N", help="images (default: 1)"
+    )
+    add_output(parser)
+    add_json(parser)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("plan.json"),
+        metavar="FILE.json",
+        help="the plan, its weights beside it as .safetensors (default: plan.json)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
+    from ..planning.budget import Budget
+    from ..planning.run import plan
+
+    with bad_input():
+        Budget.parse(args.budget)
+    loaded = models.load(args)
+    images = models.read_all(args, loaded.preprocess)
+    with bad_input():
+        found = plan(
+            loaded.model,
+            images,
+            args.budget,
+            pool=args.pool,
+            pools=args.pools,
+            latency_batch=args.latency_batch,
+        )
+    with writing("--output"):
+        found.save(args.output)
+    if args.json:
+        print_json({"schedule": found.schedule.text, **found.found})
+    else:
+        _show(loaded.name, found, args.output)
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """What both commands that make plans need."""
+    need("demo", "safetensors", "PIL")
+    if args.images is None:
+        raise BadInputError("--images: missing; expected a folder of images to fit on")
+    if args.output.suffix != ".json":
+        raise BadInputError(f"--output: got {args.output}, expected a name that ends with .json")
+
+
+def _show(name: str, plan: Plan, output: Path) -> None:
+    found = plan.found
+    rows = [
+        (
+            one["schedule"],
+            f"{one['cost']:.3f}",
+            f"{one['predicted_kl']:.3f}",
+            f"{one['kl']:.3f}",
+            f"{one['agreement']:.1%}",
+        )
+        for one in found["tried"]
+    ]
+    header = ("schedule", "cost", "KL, predicted", "measured", "agreement")
+    print_tables(
+        table(f"{name}, {found['budget']}", header, rows),
+        f"cost: part of the original's; KL(original || converted) in nats and top-1 agreement: on "
+        f"{found['held_out_images']} images held out of {found['images']} that were fitted to",
+        f"The plan is {plan.schedule}, {plan.pool} pool. Written to {output}: psvit accelerate "
+        f"{name} --plan {output} measures it.",
+    )

@@ -1,0 +1,129 @@
+"""What each layer of a model costs, by what it does and how many pools come before it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..accelerate import accelerate
+from ..cost import layer_costs
+from ..pooling import Kind
+from ..schedule import ATTEND, POOL, SHARE, Schedule
+from ..timing import interleaved
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a model is converted, apart from its schedule: see ``psvit.accelerate``."""
+
+    pool: Kind = "stride"
+    dims: Literal[1, 2] = 2
+    size_bias: bool = True
+
+    def apply(self, model: nn.Module, schedule: Schedule) -> nn.Module:
+        """A converted copy, in eval mode."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # who asks knows that outputs change
+            converted = accelerate(
+                model, schedule, pool=self.pool, dims=self.dims, size_bias=self.size_bias
+            )
+        return converted.eval()
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Parts of the cost of the original model, so that those of its own layers sum to 1.
+
+    What isn't in a layer (embedding, head) is spread evenly over them.
+
+    Args:
+        attends, shares: by the number of pools before the layer.
+    """
+
+    attends: Sequence[float]
+    shares: Sequence[float]
+
+    def __call__(self, kind: str, stage: int) -> float:
+        return (self.attends if kind == ATTEND else self.shares)[stage]
+
+    def of(self, schedule: Schedule) -> float:
+        """Of a whole model, as a part of the original's cost."""
+        return sum(
+            self(schedule.kinds[layer], stage)
+            for stage, layers in enumerate(schedule.stages)
+            for layer in layers
+        )
+
+    @classmethod
+    def from_totals(cls, depth: int, total: Callable[[Schedule], float]) -> LayerCosts:
+        """From the costs of whole models, whose differences are those of layers.
+
+        Args:
+            depth: number of layers.
+            total: the cost of a model with a schedule, in any unit.
+        """
+        plain = total(Schedule(ATTEND * depth))
+        attends: list[float] = []
+        shares: list[float] = []
+        for stage in range(stages_of(depth)):
+            pooled, shared = _probes(depth, stage)
+            before = attends[:stage]  # one layer stands before each pool
+            rest = total(pooled) / plain - sum(before)
+            attends.append(rest / (depth - stage))
+            saved = (total(pooled) - total(shared)) / plain / shared.shared
+            shares.append(attends[-1] - saved)
+        return cls(tuple(attends), tuple(shares))
+
+
+def stages_of(depth: int) -> int:
+    """Stages whose costs are told apart: up to two pools, where there are layers for them."""
+    return min(3, depth - 1)
+
+
+def _probes(depth: int, stage: int) -> tuple[Schedule, Schedule]:
+    """Pooled so often as early as can be: every layer attends; every second one shares."""
+    rest = depth - stage
+    start = f"{ATTEND}{POOL}" * stage
+    shared = ((ATTEND + SHARE) * rest)[:rest]
+    return Schedule(start + ATTEND * rest), Schedule(start + shared)
+
+
+def flops(model: nn.Module, how: Conversion, depth: int) -> LayerCosts:
+    """From the formulas of ``psvit.cost``."""
+
+    def total(schedule: Schedule) -> float:
+        return sum(r.flops for r in layer_costs(model, schedule, pool=how.pool, dims=how.dims))
+
+    return LayerCosts.from_totals(depth, total)
+
+
+def latency(
+    model: nn.Module, how: Conversion, depth: int, images: Tensor, *, seconds: float = 10.0
+) -> LayerCosts:
+    """Measured here, on these images as one batch, the models in turn; medians.
+
+    The device is that of the model.
+    """
+    schedules = {Schedule(ATTEND * depth)}
+    for stage in range(stages_of(depth)):
+        schedules |= {*_probes(depth, stage)}
+    models = {schedule: how.apply(model, schedule) for schedule in schedules}
+    times = interleaved(
+        {schedule: _call(converted, images) for schedule, converted in models.items()},
+        seconds=seconds,
+    )
+    return LayerCosts.from_totals(depth, lambda schedule: times[schedule].median)
+
+
+def _call(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    def call() -> None:
+        model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+
+    return call

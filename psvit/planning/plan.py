@@ -1,0 +1,178 @@
+"""``Plan``: a conversion of a trained model with its corrections, as a value that can be saved."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..accelerate import accelerate
+from ..files import whole_file
+from ..pooling import Kind
+from ..schedule import Schedule
+
+Model = TypeVar("Model", bound=nn.Module)
+
+#: Of the JSON file; another form is refused.
+FORM = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with a trained model: a schedule, how it pools, and corrected weights.
+
+    Args:
+        schedule: of the converted model.
+        pool, dims, size_bias: as for ``psvit.accelerate``.
+        corrections: parameters that differ from the original's, by name.
+        shapes: of every parameter and buffer of the original, by name: what it fits.
+        found: numbers and remarks about it, plain values; for people and programs.
+    """
+
+    schedule: Schedule
+    pool: Kind
+    dims: Literal[1, 2]
+    size_bias: bool
+    corrections: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    found: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        original: nn.Module,
+        converted: nn.Module,
+        *,
+        schedule: Schedule,
+        pool: Kind,
+        dims: Literal[1, 2],
+        size_bias: bool,
+        found: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """From a model and its conversion, whose weights may have been corrected or tuned."""
+        before, after = original.state_dict(), converted.state_dict()
+        changed = {
+            name: value.detach().cpu().clone()
+            for name, value in after.items()
+            if name not in before or not torch.equal(value.cpu(), before[name].cpu())
+        }
+        shapes = {name: tuple(value.shape) for name, value in before.items()}
+        return cls(schedule, pool, dims, size_bias, changed, shapes, dict(found or {}))
+
+    def with_weights(
+        self, original: nn.Module, converted: nn.Module, found: Mapping[str, Any]
+    ) -> Plan:
+        """The same conversion with other weights, those of ``converted``."""
+        return Plan.of(
+            original,
+            converted,
+            schedule=self.schedule,
+            pool=self.pool,
+            dims=self.dims,
+            size_bias=self.size_bias,
+            found=found,
+        )
+
+    def apply(self, model: Model) -> Model:
+        """A converted copy of a model, with the corrections in place.
+
+        Args:
+            model: the one that the plan was made for, or one with the same parameters.
+
+        Raises:
+            ValueError: a model with other parameters; the message names what differs.
+        """
+        self._check(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # its outputs were looked at already
+            converted = accelerate(
+                model, self.schedule, pool=self.pool, dims=self.dims, size_bias=self.size_bias
+            )
+        state = converted.state_dict()
+        converted.load_state_dict({**state, **self.corrections})
+        return converted
+
+    def _check(self, model: nn.Module) -> None:
+        own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        wrong = [
+            *(f"it lacks {name}" for name in self.shapes if name not in own),
+            *(f"it has {name}" for name in own if name not in self.shapes),
+            *(
+                f"{name} is {own[name]}, not {shape}"
+                for name, shape in self.shapes.items()
+                if own.get(name, shape) != shape
+            ),
+        ]
+        if wrong:
+            more = "" if len(wrong) < 4 else f" and {len(wrong) - 3} more"
+            raise ValueError(
+                f"model: the plan was made for another one: {'; '.join(wrong[:3])}{more}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Writes ``path`` (JSON, for people and programs) and, beside it, ``.safetensors``.
+
+        Raises:
+            OSError: they can't be written; older ones stay.
+            ValueError: a path that doesn't end with .json.
+        """
+        path = _json(path)
+        from safetensors.torch import save_file
+
+        with whole_file(path.with_suffix(".safetensors")) as work:
+            save_file({name: value.contiguous() for name, value in self.corrections.items()}, work)
+        fields = {
+            "form": FORM,
+            "schedule": self.schedule.text,
+            "pool": self.pool,
+            "dims": self.dims,
+            "size_bias": self.size_bias,
+            "found": self.found,
+            "shapes": self.shapes,
+        }
+        with whole_file(path) as work:
+            work.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """What ``save`` wrote.
+
+        Raises:
+            ValueError: no such files, damaged ones, or others; the message names them.
+        """
+        path = _json(path)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: not a plan: {error}") from error
+        if not isinstance(fields, dict) or fields.pop("form", None) != FORM:
+            raise ValueError(f"{path}: not a plan of psvit, or one of another version")
+        shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
+        schedule = Schedule(fields.pop("schedule"))
+        corrections = _tensors(path.with_suffix(".safetensors"))
+        return cls(schedule=schedule, corrections=corrections, shapes=shapes, **fields)
+
+
+def _json(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"path: got {path}, expected a name that ends with .json")
+    return path
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: not the weights of a plan: {error}") from error

@@ -1,0 +1,207 @@
+"""``plan``: the schedule that loses least within a budget, corrected, for a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from .. import adapters
+from ..calibrate import calibrate
+from ..console import progress as console_progress
+from ..pooling import Kind
+from ..schedule import ATTEND, POOL, SHARE, Schedule
+from .budget import Budget
+from .costs import Conversion, LayerCosts, flops, latency
+from .front import Losses, Scored, front
+from .plan import Plan
+from .score import Held, Score, split
+
+Progress = Callable[[str, float], AbstractContextManager[Any]]
+
+#: Images that single changes are fitted on: enough to tell them apart.
+FEW = 64
+#: Schedules that are run, after what is predicted of them.
+TRIES = 4
+
+
+def plan(
+    model: nn.Module,
+    images: Tensor,
+    budget: str,
+    *,
+    pool: Kind = "stride",
+    dims: Literal[1, 2] = 2,
+    size_bias: bool = True,
+    pools: int = 1,
+    longest: int = 3,
+    latency_batch: int = 1,
+    progress: Progress = console_progress,
+) -> Plan:
+    """The conversion of a trained model that loses least within a budget. No labels, no gradients.
+
+    Each single change (a group of layers with one map, a pool before a layer) is made and corrected
+    on a few images, and scored by KL(original || converted) on images held out of all fits. Sums of
+    these predict what a schedule loses, sums over its layers what it costs; dynamic programming
+    finds the front of both, and the best few within the budget are made, corrected on all images
+    but those held out, and scored. The one that did best is the plan.
+
+    Args:
+        model: from timm, transformers or torchvision, with a classifier.
+        images: `(B, channels, height, width)`, normalised as the model expects; a quarter is held
+            out.
+        budget: "flops<=0.7", "latency<=0.7" (parts of the original's), "top1_agreement>=0.98" (on
+            the images held out: then the cheapest found in FLOPs that meets it).
+        pool, dims, size_bias: as for ``psvit.accelerate``.
+        pools: at most so many.
+        longest: of a group: one layer attends, the others share.
+        latency_batch: images in a batch whose latency is measured.
+        progress: makes progress bars.
+
+    Returns:
+        The plan; ``found`` has predicted and measured numbers.
+
+    Raises:
+        ValueError: a budget that is none, or that no schedule meets (the nearest is named); too few
+            images; what ``psvit.calibrate`` refuses.
+    """
+    wanted = Budget.parse(budget)
+    how = Conversion(pool, dims, size_bias)
+    depth = len(adapters.find(model).layers)
+    if wanted.measure == "latency":
+        costs = latency(model, how, depth, images[:latency_batch])
+    else:
+        costs = flops(model, how, depth)
+    planner = Planner(model, images, how, progress)
+    losses = planner.losses(depth, pools=pools, longest=longest)
+    found = front(depth, losses, costs, pools=pools)
+    if wanted.measure == "top1_agreement":
+        chosen = planner.cheapest(found, wanted)
+    else:
+        chosen = planner.best(_within(found, wanted))
+    return planner.plan(chosen, wanted, losses, costs)
+
+
+def _within(found: list[Scored], budget: Budget) -> list[Scored]:
+    fitting = [scored for scored in found if scored.cost <= budget.bound]
+    if not fitting:
+        nearest = found[-1]
+        raise ValueError(
+            f"budget: got {budget}, but the cheapest schedule found, {nearest.schedule}, has "
+            f"{nearest.cost:.3f} of the original's {budget.measure}"
+        )
+    return sorted(fitting, key=lambda scored: scored.loss)[:TRIES]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A schedule that was made: what was predicted of it, the model, and its score."""
+
+    predicted: Scored
+    model: nn.Module
+    score: Score
+
+
+class Planner:
+    """Makes and scores conversions of a model on images, some of them held out of all fits."""
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, how: Conversion, progress: Progress
+    ) -> None:
+        self.model, self.how, self.progress = model, how, progress
+        self.images, held_out = split(images)
+        self.held = Held(model, held_out)
+        self.tried: list[Tried] = []
+
+    def losses(self, depth: int, *, pools: int, longest: int) -> Losses:
+        """KL of each single change."""
+        groups = [(a, k) for k in range(2, longest + 1) for a in range(depth - k + 1)]
+        places = list(range(1, depth)) if pools else []
+        with self.progress("single changes", len(groups) + len(places)) as step:
+            shared = {group: self._single(_group(depth, *group), step) for group in groups}
+            pooled = {place: self._single(_pooled(depth, place), step) for place in places}
+        return Losses(shared, pooled)
+
+    def _single(self, schedule: Schedule, step: Callable[[float], object]) -> float:
+        converted = self._made(schedule, self.images[:FEW])
+        step(1)
+        return self.held.score(converted).kl
+
+    def best(self, candidates: list[Scored]) -> Tried:
+        """Of some candidates that which loses least when it is made."""
+        with self.progress("best schedules", len(candidates)) as step:
+            tried = [self._tried(candidate, step) for candidate in candidates]
+        return min(tried, key=lambda one: one.score.kl)
+
+    def cheapest(self, found: list[Scored], budget: Budget) -> Tried:
+        """The cheapest of a front whose agreement meets the budget, by bisection."""
+        low, high = 0, len(found) - 1  # the dearest, the original itself, agrees
+        best = None
+        with self.progress("best schedules", len(found).bit_length()) as step:
+            while low <= high:
+                middle = (low + high + 1) // 2
+                tried = self._tried(found[middle], step)
+                if tried.score.agreement >= budget.bound:
+                    best, low = tried, middle + 1
+                else:
+                    high = middle - 1
+        return best or self._tried(found[0], lambda part: None)
+
+    def _tried(self, candidate: Scored, step: Callable[[float], object]) -> Tried:
+        converted = self._made(candidate.schedule, self.images)
+        step(1)
+        self.tried.append(Tried(candidate, converted, self.held.score(converted)))
+        return self.tried[-1]
+
+    def _made(self, schedule: Schedule, images: Tensor) -> nn.Module:
+        how = asdict(self.how)
+        converted, _ = calibrate(self.model, schedule, images, progress=_silent, **how)
+        return converted.eval()
+
+    def plan(self, chosen: Tried, budget: Budget, losses: Losses, costs: LayerCosts) -> Plan:
+        """What was chosen, with all that was found out."""
+        found = {
+            "budget": str(budget),
+            "cost": chosen.predicted.cost,
+            "predicted_kl": chosen.predicted.loss,
+            "measured": asdict(chosen.score),
+            "held_out_images": len(self.held.images),
+            "images": len(self.images),
+            "tried": [
+                {
+                    "schedule": tried.predicted.schedule.text,
+                    "cost": tried.predicted.cost,
+                    "predicted_kl": tried.predicted.loss,
+                    **asdict(tried.score),
+                }
+                for tried in self.tried
+            ],
+            "groups": [[a, k, kl] for (a, k), kl in losses.groups.items()],
+            "pools": [[place, kl] for place, kl in losses.pools.items()],
+            "costs": asdict(costs),
+        }
+        return self.planned(chosen, found)
+
+    def planned(self, tried: Tried, found: dict[str, Any]) -> Plan:
+        """A schedule that was made, as a plan."""
+        schedule = tried.predicted.schedule
+        return Plan.of(self.model, tried.model, schedule=schedule, found=found, **asdict(self.how))
+
+
+def _group(depth: int, first: int, length: int) -> Schedule:
+    shared = range(first + 1, first + length)
+    return Schedule("".join(SHARE if layer in shared else ATTEND for layer in range(depth)))
+
+
+def _pooled(depth: int, place: int) -> Schedule:
+    return Schedule(ATTEND * place + POOL + ATTEND * (depth - place))
+
+
+def _silent(title: str, total: float) -> AbstractContextManager[Any]:
+    """A progress bar that isn't shown: the one around it is."""
+    from contextlib import nullcontext
+
+    return nullcontext(lambda part=1.0: None)

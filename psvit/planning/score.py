@@ -1,0 +1,74 @@
+"""How near a model's outputs are to the original's, on images held out of everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..outputs import logits_of
+
+#: One image in so many is held out of all fits, to score on.
+HOLD_OUT = 4
+
+
+@dataclass(frozen=True)
+class Score:
+    """How near a model's outputs are to the original's.
+
+    Args:
+        agreement: part of the images whose first class is the same.
+        kl: KL(original || converted) of the classes, nats, mean over the images.
+    """
+
+    agreement: float
+    kl: float
+
+
+def split(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images to fit on, and images held out.
+
+    Raises:
+        ValueError: so few that none would be held out.
+    """
+    held = torch.arange(len(images)) % HOLD_OUT == HOLD_OUT - 1
+    if not held.any():
+        raise ValueError(f"images: got {len(images)}, expected at least {HOLD_OUT}")
+    return images[~held], images[held]
+
+
+class Held:
+    """Images held out, and what the original says of them.
+
+    Args:
+        original: the model.
+        images: `(B, channels, height, width)`.
+    """
+
+    def __init__(self, original: nn.Module, images: Tensor) -> None:
+        self.images = images
+        self.reference = self._scores(original)
+
+    def score(self, model: nn.Module) -> Score:
+        """Of another model with the same classes."""
+        scores = self._scores(model)
+        same = (scores.argmax(1) == self.reference.argmax(1)).double().mean()
+        kl = F.kl_div(
+            scores.log_softmax(1),
+            self.reference.log_softmax(1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        return Score(float(same), float(kl))
+
+    @torch.inference_mode()
+    def _scores(self, model: nn.Module) -> Tensor:
+        device, training = next(model.parameters()).device, model.training
+        model.eval()
+        try:
+            batches = (batch.to(device) for batch in self.images.split(32))
+            return torch.cat([logits_of(model(batch)).double().cpu() for batch in batches])
+        finally:
+            model.train(training)

@@ -1,0 +1,178 @@
+"""Distillation: the loss, what it gains, that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+
+import helpers
+import hosts
+import pytest
+import torch
+
+import psvit
+from psvit.calibrate import calibrate
+from psvit.distill import Distillation, distill
+from psvit.distill.augment import augmented
+from psvit.distill.loss import Distance
+from psvit.distill.run import Student
+from psvit.planning.plan import Plan
+
+pytest.importorskip("timm")
+pytestmark = pytest.mark.filterwarnings("ignore:schedule .* changes what the model computes")
+
+HOW = Distillation(steps=20, batch=8, lr=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with helpers.threads(1):
+        yield
+
+
+@contextmanager
+def silent(title, total):
+    yield lambda part=1: None
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return hosts.timm_vit()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def planned(model, schedule="AS|AS", **options) -> Plan:
+    converted = psvit.accelerate(model, schedule, pool="avg", size_bias=True)
+    return Plan.of(
+        model,
+        converted,
+        schedule=psvit.Schedule(schedule),
+        pool="avg",
+        dims=2,
+        size_bias=True,
+        **options,
+    )
+
+
+def test_a_converted_model_comes_nearer_to_its_original(model, images):
+    found = distill(model, planned(model), images, HOW, progress=silent).found
+    history = found["distillation"]["history"]
+    assert found["measured"]["kl"] < 0.8 * history[0]["kl"], history
+    assert found["measured"]["kl"] == min(row["kl"] for row in history)
+
+
+def test_the_plan_that_comes_back_has_the_best_weights(model, images):
+    plan = distill(model, planned(model), images, HOW, progress=silent)
+    student = Student(model, planned(model), images, HOW)
+    score = student.held.score(plan.apply(model))
+    assert score.kl == pytest.approx(plan.found["measured"]["kl"], rel=1e-6)
+
+
+def test_what_learns_nothing_keeps_the_weights_of_the_start(model, images):
+    """A learning rate that destroys the model: the best look is the first."""
+    calibrated, _ = calibrate(model, "ASAA", images, progress=silent)
+    plan = planned(model, "ASAA").with_weights(model, calibrated, {})
+    found = distill(model, plan, images, dataclasses.replace(HOW, lr=10.0), progress=silent)
+    for name, value in found.corrections.items():
+        assert torch.equal(value, plan.corrections[name]), name
+    assert found.found["distillation"]["history"][-1]["step"] < HOW.steps  # it gave up
+
+
+def test_norms_and_biases_alone_can_learn(model, images):
+    plan = planned(model, "ASAA")
+    found = distill(model, plan, images, dataclasses.replace(HOW, tune="norms"), progress=silent)
+    names = set(found.corrections) - set(plan.corrections)
+    assert names and all(
+        name.endswith(("bias", "norm1.weight", "norm2.weight", "norm.weight")) for name in names
+    )
+
+
+def test_the_loss_is_zero_between_equal_models(model, images):
+    equal = psvit.accelerate(model, "AAAA")
+    kl, tokens = Distance(equal, psvit.accelerate(model, "AAAA"))(images[:4])
+    assert abs(kl.item()) < 1e-6 and abs(tokens.item()) < 1e-9
+
+
+def test_the_loss_is_what_it_says(model, images):
+    x = images[:4]
+    converted = psvit.accelerate(model, "AA|AA", pool="avg")
+    kl, tokens = Distance(psvit.accelerate(model, "AAAA"), converted)(x)
+    p, q = model(x).softmax(1), converted(x).softmax(1)
+    torch.testing.assert_close(kl, (p * (p / q).log()).sum(1).mean())
+    pool = torch.nn.functional.avg_pool2d
+    errors = []
+    y, z = (m._pos_embed(m.patch_embed(x)) for m in (model, model))
+    steps = converted.blocks.steps()
+    for layer, (block, step) in enumerate(zip(model.blocks, steps, strict=True)):
+        y, z = block(y), step(z)
+        want = y
+        if layer >= 2:
+            grid = y[:, 1:].transpose(1, 2).unflatten(2, (8, 8))
+            pooled = pool(grid, 3, 2, 1, count_include_pad=False).flatten(2).transpose(1, 2)
+            want = torch.cat([y[:, :1], pooled], 1)
+        errors.append((z - want).square().mean() / want.square().mean())
+    torch.testing.assert_close(tokens, torch.stack(errors).mean())
+
+
+def test_changed_images_are_those_of_the_generator(images):
+    a, b, c = (augmented(images[:8], torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.shape == images[:8].shape and a.isfinite().all()
+    assert float(a.abs().max()) <= float(images[:8].abs().max()) + 1e-5
+
+
+def test_a_stopped_distillation_ends_with_the_same_bits(model, images, tmp_path, monkeypatch):
+    whole = distill(model, planned(model), images, HOW, progress=silent)
+    update, count = Student.update, 0
+
+    def stopping(self):
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+        update(self)
+
+    monkeypatch.setattr(Student, "update", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, planned(model), images, HOW, output=tmp_path, progress=silent)
+    again = distill(
+        model, planned(model), images, HOW, output=tmp_path, resume=True, progress=silent
+    )
+    for name, value in whole.corrections.items():
+        assert torch.equal(again.corrections[name], value), name
+    history = whole.found["distillation"]["history"]
+    assert again.found["distillation"]["history"] == history and len(history) > 6
+
+
+def test_bad_input_is_named(model, images, tmp_path):
+    plan = planned(model)
+    with pytest.raises(ValueError, match=r"^steps: got 0"):
+        Distillation(steps=0)
+    with pytest.raises(ValueError, match=r'^tune: got "lora", expected "all" or "norms"$'):
+        Distillation(tune="lora")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^images: got 3, expected at least 4$"):
+        distill(model, plan, images[:3], HOW, progress=silent)
+    with pytest.raises(ValueError, match=r"no such checkpoint to go on from$"):
+        distill(model, plan, images, HOW, output=tmp_path, resume=True, progress=silent)
+    distill(
+        model, plan, images, dataclasses.replace(HOW, steps=2), output=tmp_path, progress=silent
+    )
+    with pytest.raises(
+        ValueError, match=r"^resume: the run was made otherwise: steps was 2, is 20$"
+    ):
+        distill(model, plan, images, HOW, output=tmp_path, resume=True, progress=silent)
+    with pytest.raises(ValueError, match=r"^model: the plan was made for another one"):
+        distill(hosts.timm_vit(num_classes=7), plan, images, HOW, progress=silent)
+
+
+def test_a_loss_that_is_no_number_stops_it(model, images):
+    spoilt = images.clone()
+    spoilt[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"^loss: is nan in step 1$"):
+        how = dataclasses.replace(HOW, batch=30)
+        distill(model, planned(model), spoilt, how, progress=silent)

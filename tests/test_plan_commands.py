@@ -1,0 +1,107 @@
+"""``psvit plan``, ``calibrate`` and ``distill``: files that ``psvit accelerate --plan`` takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import threads
+
+pytest.importorskip("timm")
+pytest.importorskip("safetensors")
+pytest.importorskip("PIL")
+
+import numpy as np
+import timm
+from PIL import Image
+from safetensors.torch import save_file
+
+from psvit import cli
+from psvit.planning.plan import Plan
+
+#: timm's smallest ViT, with few tokens.
+MODEL = "test_vit"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with photos and weights."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        pixels = rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{i:02}.png")
+    torch.manual_seed(0)
+    save_file(timm.create_model(MODEL).state_dict(), folder / "vit.safetensors")
+    return folder
+
+
+def run(capsys, place: Path, command: str, *arguments: str) -> tuple[int, str, str]:
+    options = ["--weights", str(place / "vit.safetensors"), "--images", str(place / "photos")]
+    code = cli.main([command, MODEL, *options, *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_calibrate_distill_and_accelerate_hand_a_plan_on(place, tmp_path, capsys):
+    plan, tuned = (str(tmp_path / name) for name in ("plan.json", "tuned.json"))
+    arguments = ("--schedule", "AASAAA", "--output", plan)
+    code, out, err = run(capsys, place, "calibrate", *arguments)
+    assert code == 0, err
+    assert "AASAAA" in out and "Written to" in out
+    code, out, err = run(
+        capsys, place, "distill", "--plan", plan, "--steps", "2", "--batch", "4", "--output", tuned
+    )
+    assert code == 0, err
+    assert "agreement" in out and "Written to" in out
+    arguments = ("--plan", tuned, "--seconds", "0.1", "--select", ":8", "--json")
+    code, out, err = run(capsys, place, "accelerate", *arguments)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["schedule"] == "AASAAA" and found["tuned"]
+    fresh = timm.create_model(MODEL)
+    assert set(Plan.load(plan).corrections) <= set(fresh.state_dict())
+
+
+def test_plan_keeps_a_budget(place, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    arguments = ("--budget", "flops<=0.95", "--pools", "0", "--output", str(plan), "--json")
+    code, out, err = run(capsys, place, "plan", *arguments)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["cost"] <= 0.95 and "S" in found["schedule"] and "|" not in found["schedule"]
+    assert Plan.load(plan).schedule.text == found["schedule"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("plan", ("--budget", "cheap"), "budget: got 'cheap', expected for example flops<=0.7"),
+        ("plan", ("--budget", "flops<=0.9", "--output", "p.txt"), "--output: got p.txt, expected"),
+        ("calibrate", ("--schedule", "AAS"), 'schedule "AAS": has 3 layers, expected 6'),
+        ("calibrate", ("--schedule", "SAAAAA"), "layer 1 shares, but none attends before it"),
+        ("distill", ("--plan", "nowhere.json"), "nowhere.json: No such file"),
+        ("distill", ("--plan", "p.json", "--resume"), "--resume: expected --state too"),
+        ("accelerate", ("--plan", "nowhere.json"), "nowhere.json: No such file"),
+    ],
+)
+def test_bad_input_is_one_line(place, capsys, command, arguments, message):
+    code, out, err = run(capsys, place, command, *arguments)
+    assert code == 2 and not out
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["plan", "calibrate"])
+def test_images_must_be_named(capsys, command):
+    option = {"plan": ("--budget", "flops<=0.9"), "calibrate": ("--schedule", "AASAAA")}[command]
+    assert cli.main([command, MODEL, *option]) == 2
+    assert "--images: missing" in capsys.readouterr().err

@@ -1,0 +1,183 @@
+"""Plans: what they choose, that they are saved whole, fit one model and refuse others."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+
+import helpers
+import hosts
+import numpy as np
+import pytest
+import torch
+
+import psvit
+from psvit.planning import run
+from psvit.planning.budget import Budget
+from psvit.planning.costs import Conversion, LayerCosts, flops, latency
+from psvit.planning.plan import Plan
+from psvit.planning.run import plan
+
+pytest.importorskip("timm")
+pytest.importorskip("safetensors")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with helpers.threads(1):
+        yield
+
+
+@contextmanager
+def silent(title, total):
+    yield lambda part=1: None
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return hosts.timm_vit()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def made(model, images) -> Plan:
+    with helpers.threads(1):
+        return plan(model, images, "flops<=0.8", progress=silent)
+
+
+# --- budgets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["flops<=0.7", "latency <= .5", "top1_agreement>=0.98", "flops<=1"],
+)
+def test_a_budget_is_what_it_prints(text):
+    assert str(Budget.parse(text)) == str(Budget.parse(str(Budget.parse(text))))
+
+
+@pytest.mark.parametrize(
+    "text", ["flops", "flops>=0.7", "top1_agreement<=0.9", "flops<=0", "flops<=1.1", "x<=1", 0.7]
+)
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(ValueError, match=r"^budget: got .*, expected for example flops<=0.7"):
+        Budget.parse(text)
+
+
+# --- costs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["AAAA", "ASAS", "A|AAA", "AS|AS", "A|A|AS", "ASSS", "AA|A|A"])
+@pytest.mark.parametrize(
+    "make", [hosts.timm_vit, hosts.torchvision_vit], ids=["timm", "torchvision"]
+)
+def test_flops_of_layers_sum_to_those_of_the_model(make, schedule):
+    network, how = make(), Conversion()
+    schedule = psvit.Schedule(schedule)
+    whole = schedule.flops(network, pool=how.pool)
+    plain = psvit.Schedule("AAAA").flops(network)
+    assert flops(network, how, 4).of(schedule) == pytest.approx(whole / plain)
+
+
+def test_layer_costs_come_from_differences_of_whole_models():
+    true = {"A": [4.0, 2.0, 1.0], "S": [3.0, 1.5, 0.5]}
+
+    def total(schedule):
+        layers = [
+            (k, s) for s, ls in enumerate(schedule.stages) for k in (schedule.kinds[i] for i in ls)
+        ]
+        return 6.0 + sum(true[kind][stage] for kind, stage in layers)
+
+    costs = LayerCosts.from_totals(6, total)
+    for text in ("AAAAAA", "ASSAAS", "AS|ASA|A", "A|AAAAS"):
+        schedule = psvit.Schedule(text)
+        want = total(schedule) / total(psvit.Schedule("AAAAAA"))
+        assert costs.of(schedule) == pytest.approx(want)
+
+
+# --- plans --------------------------------------------------------------------------------------
+
+
+def test_a_plan_keeps_its_budget_and_says_what_it_found(made, model):
+    assert made.found["cost"] <= 0.8
+    ratio = made.schedule.flops(model, pool="stride") / psvit.Schedule("AAAA").flops(model)
+    assert made.found["cost"] == pytest.approx(ratio)
+    assert made.found["held_out_images"] == 15 and made.found["images"] == 45
+    best = min(made.found["tried"], key=lambda one: one["kl"])
+    assert best["schedule"] == made.schedule.text
+    assert made.found["measured"] == {"agreement": best["agreement"], "kl": best["kl"]}
+
+
+def test_a_plan_goes_through_files_into_a_fresh_model(made, model, images, tmp_path):
+    made.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again.found == json.loads(json.dumps(made.found)) and again.schedule == made.schedule
+    torch.manual_seed(0)
+    fresh = hosts.timm_vit()
+    want, got = (p.apply(m)(images) for p, m in ((made, model), (again, fresh)))
+    assert torch.equal(got, want), f"largest difference {(got - want).abs().max()}"
+    assert not torch.equal(got, psvit.accelerate(fresh, made.schedule, pool="stride")(images))
+
+
+def test_a_plan_for_another_model_names_what_differs(made):
+    with pytest.raises(
+        ValueError, match=r"^model: the plan was made for another one: .*head.weight"
+    ):
+        made.apply(hosts.timm_vit(num_classes=7))
+    with pytest.raises(ValueError, match=r"it lacks blocks\.3\.norm1\.weight.* and \d+ more$"):
+        made.apply(hosts.timm_vit(depth=3))
+
+
+def test_a_budget_that_no_schedule_meets_names_the_nearest(model, images):
+    message = r"^budget: got flops<=0.01, but the cheapest schedule found, A\|A.*, has 0\.\d+ of"
+    with pytest.raises(ValueError, match=message):
+        plan(model, images, "flops<=0.01", progress=silent)
+
+
+def test_agreement_as_budget_gives_a_plan_that_agrees(model, images):
+    found = plan(model, images, "top1_agreement>=0.9", progress=silent)
+    assert found.found["measured"]["agreement"] >= 0.9
+    assert found.found["cost"] < 1
+
+
+def test_a_latency_budget_is_kept(model, images, monkeypatch):
+    measured = LayerCosts((0.25, 0.2, 0.1), (0.15, 0.1, 0.05))
+    monkeypatch.setattr(run, "latency", lambda *args: measured)
+    found = plan(model, images, "latency<=0.8", progress=silent)
+    assert found.found["cost"] == measured.of(found.schedule) <= 0.8
+    assert found.found["budget"] == "latency<=0.8"
+
+
+def test_latency_is_measured_for_each_kind_of_layer_in_each_stage(model, images):
+    found = latency(model, Conversion(), 4, images[:1], seconds=0.2)
+    assert found.of(psvit.Schedule("AAAA")) == pytest.approx(1)
+    assert len(found.attends) == len(found.shares) == 3
+    assert all(np.isfinite((*found.attends, *found.shares)))
+
+
+def test_too_few_images_are_refused(model, images):
+    with pytest.raises(ValueError, match=r"^images: got 3, expected at least"):
+        plan(model, images[:3], "flops<=0.8", progress=silent)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "plan.json").unlink(), "plan.json: No such file"),
+        (lambda f: (f / "plan.json").write_text("{"), "plan.json: not a plan"),
+        (lambda f: (f / "plan.json").write_text("{}"), "plan.json: not a plan of psvit"),
+        (lambda f: (f / "plan.safetensors").unlink(), "plan.safetensors: not the weights"),
+        (lambda f: (f / "plan.safetensors").write_bytes(b"x"), "plan.safetensors: not the weights"),
+    ],
+    ids=["missing", "cut", "foreign", "no weights", "damaged weights"],
+)
+def test_a_damaged_plan_is_refused_by_the_name_of_its_file(made, tmp_path, spoil, message):
+    made.save(tmp_path / "plan.json")
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Plan.load(tmp_path / "plan.json")
