@@ -18,13 +18,15 @@ examples:
   psvit experiment shapes --data cifar10/ --patch 4 --device cuda --epochs 100 --images 5000
   psvit experiment shapes --json > shapes.json
   psvit experiment search
+  psvit experiment convert --data data/ --seeds 1 --steps 0
 
 init: what structured initialisation gains on few handwritten digits, and how much of it scaling
 the position embedding gains alone. shapes: DeiT's shape, PSViT-1D and PSViT-2D at equal FLOPs, on
 all handwritten digits or on images of 32 x 32. search: what evolution finds, beside as many random
-candidates and a schedule written by hand, on digits. Each takes some minutes on two cores (with
-digits); nothing is downloaded. The folder keeps each run as soon as it is finished: the same
-command goes on where it was stopped.
+candidates and a schedule written by hand, on digits. convert: what a trained ViT-Tiny keeps when
+layers share maps, in closed form and distilled; it needs weights and images in --data, and an hour.
+The others take some minutes on two cores (with digits); nothing is downloaded. The folder keeps
+each run as soon as it is finished: the same command goes on where it was stopped.
 """
 
 
@@ -57,11 +59,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shapes.add_argument("--images", type=positive, metavar="N", help="of training (default: all)")
     search = names.add_parser("search", help="what evolution gains over random candidates")
+    convert = names.add_parser("convert", help="what a trained ViT-Tiny keeps")
+    convert.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder with vit_tiny_patch16_224/model.safetensors and imagenet_val/",
+    )
+    convert.add_argument(
+        "--images", type=positive, default=300, metavar="N", help="to fit to (default: 300)"
+    )
+    convert.add_argument(
+        "--steps", type=int, default=300, metavar="N", help="of distillation (default: 300)"
+    )
     for one in (init, shapes, search):
-        one.add_argument("--seeds", type=positive, default=3, metavar="N", help="(default: 3)")
         one.add_argument(
             "--processes", type=positive, metavar="N", help="at a time (default: 2; cuda: 1)"
         )
+    for one in (init, shapes, search, convert):
+        one.add_argument("--seeds", type=positive, default=3, metavar="N", help="(default: 3)")
         folder = Path(f"psvit-{one.prog.split()[-1]}")
         one.add_argument(
             "--output",
@@ -76,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     need("demo", "timm", "sklearn", "matplotlib")
     try:
-        results, show = {"init": _init, "shapes": _shapes, "search": _search}[args.name](args)
+        results, show = EXPERIMENTS[args.name](args)
     except KeyboardInterrupt:
         say(f"interrupted; {args.output} has the finished runs, the same command goes on")
         return 130
@@ -92,7 +108,8 @@ Show = Callable[[Results], list[Any]]
 
 
 def _written(results: Results, output: Path) -> str:
-    return f"Took {results['seconds']:.0f} s. Written to {output}: results.json and curves.png."
+    names = [name for name in ("results.json", "curves.png") if (output / name).exists()]
+    return f"Took {results['seconds']:.0f} s. Written to {output}: {' and '.join(names)}."
 
 
 def _percent(found: dict[str, float]) -> str:
@@ -274,3 +291,40 @@ def _show_search(results: Results) -> list[Any]:
         f"{results['test_images']} test images; each search's best that costs no more than "
         f"{by_hand['candidate']}, written by hand, {short(by_hand['flops'])}FLOPs",
     ]
+
+
+# --- convert --------------------------------------------------------------------------------
+
+
+def _convert(args: argparse.Namespace) -> tuple[Results, Show]:
+    from ..experiments.convert import Settings
+    from ..experiments.convert import run as run_experiment
+
+    settings = Settings(args.data, seeds=args.seeds, images=args.images, steps=args.steps)
+    with bad_input():
+        settings.check()
+    with bad_input(), writing("--output"):
+        return run_experiment(settings, args.output), _convert_tables
+
+
+def _convert_tables(results: Results) -> list[Any]:
+    rows = [
+        (
+            row["name"],
+            row["schedules"][0] if len(set(row["schedules"])) == 1 else "differ",
+            _percent(row["accuracy"]),
+            _points(row["under"]),
+            _percent(row["agreement"]),
+            f"{row['flops']['mean']:.3f}",
+            f"{row['latency']['mean']:.3f}",
+        )
+        for row in results["rows"]
+    ]
+    header = ("", "schedule", "accuracy", "under", "agreement", "FLOPs", "latency")
+    return [
+        table("ViT-Tiny, 900 images that nothing was fitted to", header, rows, left=2),
+        "under: points under the original; FLOPs, latency (batch 8): parts of the original's",
+    ]
+
+
+EXPERIMENTS = {"init": _init, "shapes": _shapes, "search": _search, "convert": _convert}

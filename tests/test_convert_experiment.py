@@ -1,0 +1,95 @@
+"""``psvit experiment convert`` in miniature: another model, few images."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import threads
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
+pytest.importorskip("PIL")
+
+import numpy as np
+import timm
+from PIL import Image
+from safetensors.torch import save_file
+
+from psvit import cli
+from psvit.experiments import convert
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    """A folder as the experiment expects it, with timm's smallest ViT in it."""
+    monkeypatch.setattr(convert, "NAME", "test_vit")
+    monkeypatch.setattr(convert, "DEPTH", 6)
+    monkeypatch.setattr(convert, "SHARED", (1, 2))
+    monkeypatch.setattr(convert, "POOLED", (3,))
+    monkeypatch.setattr(convert, "DISTILLED", ("2 share",))
+    monkeypatch.setattr(convert, "FIT", slice(0, 64))
+    monkeypatch.setattr(convert, "REPORT", slice(64, 72))
+    monkeypatch.setattr(convert, "LONGEST", 2)
+    monkeypatch.setattr(convert, "SIDE", 160)
+    monkeypatch.setattr(convert, "THREADS", 1)
+    monkeypatch.setattr(convert, "SECONDS", 0.1)
+    convert.loaded.cache_clear()
+    folder = tmp_path / "data"
+    (folder / "imagenet_val").mkdir(parents=True)
+    (folder / "test_vit").mkdir()
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), folder / "test_vit/model.safetensors")
+    rng = np.random.default_rng(0)
+    with open(folder / "imagenet_val/labels.csv", "w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(("file", "label"))
+        for i in range(72):
+            pixels = rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "imagenet_val" / f"{i:02}.png")
+            rows.writerow((f"{i:02}.png", i))
+    return folder
+
+
+def run(data: Path, output: Path, *arguments: str) -> int:
+    options = ["--data", str(data), "--output", str(output), "--images", "64", "--seeds", "1"]
+    with threads(1):
+        return cli.main(["experiment", "convert", *options, *arguments])
+
+
+def test_the_experiment_has_a_row_for_each_model_and_keeps_finished_runs(data, tmp_path, capsys):
+    assert run(data, tmp_path / "out", "--steps", "2") == 0
+    shown = capsys.readouterr().out
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    names = [row["name"] for row in results["rows"]]
+    expected = ["original"]
+    for name in ("1 share", "2 share", "pooled before 3"):
+        expected += [name, f"{name}, naive"]
+    assert names == [*expected, "distil 2 share"]
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["original"]["agreement"]["mean"] == 1 and rows["original"]["flops"]["mean"] == 1
+    assert rows["2 share"]["schedules"][0].count("S") == 2
+    assert rows["2 share"]["schedules"] == rows["2 share, naive"]["schedules"]
+    assert rows["pooled before 3"]["schedules"] == ["AAA|AAA"]
+    assert "distil 2 share" in shown
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out/runs").iterdir()}
+    assert run(data, tmp_path / "out", "--steps", "2") == 0
+    assert kept == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out/runs").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--images", "10"), "images: got 10, expected 64 to 64"),
+        (("--steps", "-1"), "steps: got -1, expected 0 or more"),
+        (("--data", "nowhere"), "data: nowhere has no test_vit/model.safetensors"),
+    ],
+)
+def test_bad_input_is_one_line(data, tmp_path, capsys, arguments, message):
+    assert run(data, tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
