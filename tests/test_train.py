@@ -392,7 +392,7 @@ def test_a_run_killed_with_signal_9_goes_on_to_the_same_bits(data, tmp_path, whe
     config = make(data, tmp_path / "run", **RESUMED)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     command = [sys.executable, "-c", KILLED, str(tmp_path / "config.yaml"), where, str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    done = started(command, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert checkpoint.load(tmp_path / "run")["epoch"] == (1 if where == "epoch" else 0)
     left = list((tmp_path / "run").glob(".unfinished-*"))
@@ -402,10 +402,13 @@ def test_a_run_killed_with_signal_9_goes_on_to_the_same_bits(data, tmp_path, whe
     assert not list((tmp_path / "run").glob(".unfinished-*"))
 
 
-def environment() -> dict[str, str]:
-    """Of a process that imports what this one does."""
+def started(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a process that imports what this one does: elsewhere, as the sources lie here."""
     paths = os.pathsep.join(path for path in sys.path if path)
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder, timeout=240
+    )
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
@@ -467,7 +470,7 @@ def test_two_processes_see_the_loss_of_one(data, tmp_path, fsdp):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", "2", "-m", "psvit", "train"]
     command.append(str(tmp_path / "config.yaml"))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240)
+    done = started(command, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     two = [json.loads(row) for row in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     for alone, together in zip(one, two, strict=True):

@@ -144,7 +144,9 @@ def test_ctrl_c_ends_a_run_in_one_line(folder):
     command = [sys.executable, "-m", "psvit", "train", "--output", str(folder / "out"), *flags]
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
+    )
     try:
         assert process.stderr is not None
         assert "epoch 1/100000" in process.stderr.readline()

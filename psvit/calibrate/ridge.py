@@ -135,14 +135,16 @@ def low_rank(
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
     factors = [torch.linalg.cholesky(gram[part, part] + penalty * identity) for part in parts]
     prior, weights = start[:n], start[:n].clone()
-    last = torch.inf
+    product, last = gram @ weights, torch.inf
     for _ in range(rounds):
         for part, factor in zip(parts, factors, strict=True):
             own = gram[part, part] @ weights[part]
-            left = cross[part] - gram[part] @ weights + own + penalty * prior[part]
-            weights[part] = _best_of_rank(factor, left, rank)
+            left = cross[part] - product[part] + own + penalty * prior[part]
+            best = _best_of_rank(factor, left, rank)
+            product += gram[:, part] @ (best - weights[part])
+            weights[part] = best
         # Up to a constant: what the residuals lose, and the penalty.
-        gain = (weights * (2 * cross - gram @ weights)).sum()
+        gain = (weights * (2 * cross - product)).sum()
         cost = float(problem.square - gain + penalty * (weights - prior).square().sum())
         if last - cost < tolerance * abs(cost):
             break
