@@ -122,7 +122,7 @@ def test_v_and_output_projection_that_were_lost_are_found_again() -> None:
         correction.write(correction.solve(problem, 1e-9))
     got = both.run(x, 2)
     lost = ((got.middle - want.middle) ** 2).sum() / start
-    assert lost < 1e-3, (float(lost), start)
+    assert lost < 1e-2, (float(lost), start)
 
 
 def layer_scale() -> nn.Module:
