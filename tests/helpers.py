@@ -173,6 +173,12 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def silent(title: str, total: float) -> Iterator[Callable[..., None]]:
+    """Progress that nobody sees."""
+    yield lambda part=1: None
+
+
 # --- the bar --------------------------------------------------------------------------------
 
 

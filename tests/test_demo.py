@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import threads
+from helpers import silent, threads
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
@@ -25,11 +25,6 @@ TINY = demo.Settings(
     epochs=1, tune_epochs=1, width=32, depth=4, heads=2, shared=1, batch=4, seconds=0, analysed=8
 )
 FILES = ["accuracy-latency.png", "attention-maps.png", "attention-similarity.png", "results.json"]
-
-
-@contextmanager
-def silent(title: str, total: float) -> Iterator:
-    yield lambda count=1: None
 
 
 @pytest.fixture(autouse=True)

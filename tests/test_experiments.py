@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ import dice
 import numpy as np
 import pytest
 import torch
+from helpers import silent
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("timm")
@@ -31,12 +30,6 @@ from psvit.experiments.runs import about, all_runs, check_folder
 from psvit.experiments.shapes import INITIALISATIONS, Settings, run, settings_for
 from psvit.experiments.tasks import DEIT, TASKS, Shape, Task, costs, model_of
 from psvit.experiments.training import Recipe, accuracy, trained
-
-
-@contextmanager
-def silent(title: str, total: float) -> Iterator:
-    yield lambda count=1: None
-
 
 # --- runs -----------------------------------------------------------------------------------
 

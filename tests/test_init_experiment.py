@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import silent
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
@@ -22,11 +21,6 @@ TINY = Settings(
     seeds=2, images=20, epochs=2, batch=10, every=1, early=1, width=16, depth=1, heads=1,
     processes=1,
 )  # fmt: skip
-
-
-@contextmanager
-def silent(title: str, total: float) -> Iterator:
-    yield lambda count=1: None
 
 
 def test_every_arm_and_control_runs_and_the_parts_add_up(tmp_path: Path) -> None:

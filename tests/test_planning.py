@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 
 import helpers
 import hosts
@@ -28,11 +27,6 @@ def one_thread():
         yield
 
 
-@contextmanager
-def silent(title, total):
-    yield lambda part=1: None
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -47,7 +41,7 @@ def images():
 @pytest.fixture(scope="module")
 def made(model, images) -> Plan:
     with helpers.threads(1):
-        return plan(model, images, "flops<=0.8", progress=silent)
+        return plan(model, images, "flops<=0.8", progress=helpers.silent)
 
 
 # --- budgets ------------------------------------------------------------------------------------
@@ -136,11 +130,11 @@ def test_a_plan_for_another_model_names_what_differs(made):
 def test_a_budget_that_no_schedule_meets_names_the_nearest(model, images):
     message = r"^budget: got flops<=0.01, but the cheapest schedule found, A\|A.*, has 0\.\d+ of"
     with pytest.raises(ValueError, match=message):
-        plan(model, images, "flops<=0.01", progress=silent)
+        plan(model, images, "flops<=0.01", progress=helpers.silent)
 
 
 def test_agreement_as_budget_gives_a_plan_that_agrees(model, images):
-    found = plan(model, images, "top1_agreement>=0.9", progress=silent)
+    found = plan(model, images, "top1_agreement>=0.9", progress=helpers.silent)
     assert found.found["measured"]["agreement"] >= 0.9
     assert found.found["cost"] < 1
 
@@ -148,7 +142,7 @@ def test_agreement_as_budget_gives_a_plan_that_agrees(model, images):
 def test_a_latency_budget_is_kept(model, images, monkeypatch):
     measured = LayerCosts((0.25, 0.2, 0.1), (0.15, 0.1, 0.05))
     monkeypatch.setattr(run, "latency", lambda *args: measured)
-    found = plan(model, images, "latency<=0.8", progress=silent)
+    found = plan(model, images, "latency<=0.8", progress=helpers.silent)
     assert found.found["cost"] == measured.of(found.schedule) <= 0.8
     assert found.found["budget"] == "latency<=0.8"
 
@@ -162,7 +156,7 @@ def test_latency_is_measured_for_each_kind_of_layer_in_each_stage(model, images)
 
 def test_too_few_images_are_refused(model, images):
     with pytest.raises(ValueError, match=r"^images: got 3, expected at least"):
-        plan(model, images[:3], "flops<=0.8", progress=silent)
+        plan(model, images[:3], "flops<=0.8", progress=helpers.silent)
 
 
 @pytest.mark.parametrize(

@@ -68,11 +68,6 @@ def learnable(seed: int = 0) -> Data:
     return Data(lambda epoch: (batch(3 * epoch + i) for i in range(3)), 3, held_out)
 
 
-@contextmanager
-def silent(title: str, total: float):
-    yield lambda count=1: None
-
-
 class Stopping:
     """A progress bar during which somebody presses Ctrl-C."""
 
@@ -89,7 +84,9 @@ class Stopping:
             raise KeyboardInterrupt
 
 
-def search(output: Path, settings: Settings = SETTINGS, progress=silent, **options) -> Search:
+def search(
+    output: Path, settings: Settings = SETTINGS, progress=helpers.silent, **options
+) -> Search:
     return Search(SPACE, learnable(), settings, output, progress=progress, **options)
 
 

@@ -71,13 +71,8 @@ def make(npz: Path, folder: Path, **changes) -> train.Config:
     return train.Config(**{**SMALL, "data": str(npz), "output": str(folder), **changes})
 
 
-@contextmanager
-def silent(title, total):
-    yield lambda count=1: None
-
-
 def run(config: train.Config, **options) -> list[dict[str, float]]:
-    return train.train(config, progress=silent, **options)
+    return train.train(config, progress=helpers.silent, **options)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
