@@ -87,7 +87,8 @@ ANALYZE = ("analyze", MODEL, "--output", "{}/analysis")
 BAD_INPUT = [
     ((), "the following arguments are required: COMMAND"),
     (("acelerate",), "invalid choice: 'acelerate'"),
-    (("accelerate",), "the following arguments are required: MODEL, --schedule"),
+    (("accelerate",), "the following arguments are required: MODEL"),
+    (("accelerate", "test_vit"), "one of the arguments --schedule --plan is required"),
     (("demo", "--epochs", "0"), "argument --epochs: got 0, expected a whole number from 1 up"),
     (("demo", "--output", "{}/note.txt"), "--output can't be written: {}/note.txt: File exists"),
     (("demo", "--output", "{}/note.txt/below"), "note.txt/below: Not a directory"),
