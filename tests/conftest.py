@@ -14,10 +14,11 @@ import torch
 from torch.utils import deterministic
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("helpers", "hosts")
 
 import building  # noqa: E402
 import helpers  # noqa: E402
+import hosts  # noqa: E402
 
 from psvit_kernels import probe, registry  # noqa: E402
 from psvit_kernels.triton import interpreting  # noqa: E402
@@ -101,6 +102,26 @@ def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture(autouse=True)
 def provider_left_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_forced", registry.forced())
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that threads would only wait for each other."""
+    with helpers.threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small ViT of timm, the same in each file that plans with it or distils it."""
+    torch.manual_seed(0)
+    return hosts.timm_vit()
+
+
+@pytest.fixture(scope="module")
+def images():
+    """What that model is fitted to and looked at with."""
+    return torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(params=[name for name in registry.PROVIDERS if name != "cuda"])

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 Case = tuple[str, Callable[[], nn.Module]]
 
+#: A mark; that a schedule changes what a model computes has tests of its own.
+ignore_schedule_warning = pytest.mark.filterwarnings(
+    "ignore:schedule .* changes what the model computes"
+)
+
 IMAGES = (2, 3, 32, 32)
 DEPTH = 4
 

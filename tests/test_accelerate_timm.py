@@ -19,16 +19,10 @@ from psvit import Layout
 from psvit.pooling import GridPool
 
 timm = pytest.importorskip("timm")
-pytestmark = pytest.mark.filterwarnings("ignore:schedule .* changes what the model computes")
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), hosts.ignore_schedule_warning]
 
 EXACT = dict(rtol=0, atol=1e-5)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for more: threads would only wait for each other."""
-    with helpers.threads(1):
-        yield
 
 
 def images_for(host):

@@ -14,14 +14,8 @@ import psvit
 import psvit_kernels as pk
 
 pytest.importorskip("torchvision")
-pytestmark = pytest.mark.filterwarnings("ignore:schedule .* changes what the model computes")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for more: threads would only wait for each other."""
-    with helpers.threads(1):
-        yield
+pytestmark = [pytest.mark.usefixtures("one_thread"), hosts.ignore_schedule_warning]
 
 
 @hosts.cases(hosts.TORCHVISION)

@@ -14,17 +14,11 @@ import psvit
 import psvit_kernels as pk
 
 hub = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:schedule .* changes what the model computes")
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), hosts.ignore_schedule_warning]
 
 EXACT = dict(rtol=1e-5, atol=1e-5)
 CASES = dict(hosts.HUB)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for more: threads would only wait for each other."""
-    with helpers.threads(1):
-        yield
 
 
 @hosts.cases(hosts.HUB)

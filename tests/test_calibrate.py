@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import threads
 from hosts import DEPTH, HUB, TIMM, TORCHVISION, answer, images, timm_vit
 from rich.console import Console
 from torch import Tensor, nn
@@ -22,6 +21,8 @@ from psvit.calibrate import RankDeficientWarning, Report, calibrate
 from psvit.calibrate.correction import MLPFit, OutputFit, ValueFit
 from psvit.calibrate.lockstep import Lockstep
 from psvit.stack import find_stack
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Make = Callable[[], nn.Module]
 
@@ -35,13 +36,6 @@ HOSTS = [
     for name, make in kinds
     if name in names
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models as small as these gain nothing from more, and lose much on a busy machine."""
-    with threads(1):
-        yield
 
 
 def fitted(model: nn.Module, schedule: str, x: Any, **options: Any) -> tuple[nn.Module, Report]:

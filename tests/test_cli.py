@@ -8,13 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import threads
 
 from psvit import cli
 from psvit.commands import common, models
@@ -25,18 +23,14 @@ Image = pytest.importorskip("PIL.Image")
 timm = pytest.importorskip("timm")
 safetensors = pytest.importorskip("safetensors.torch")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = Path(os.environ.get("PSVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 WEIGHTS = DATA / "vit_tiny_patch16_224" / "model.safetensors"
 needs_data = pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"no data in {DATA.name}: PSVIT_DATA")
 
 #: timm's smallest ViT: six layers, 160 pixels.
 MODEL, DEPTH, SIDE = "test_vit", 6, 160
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

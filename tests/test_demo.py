@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import silent, threads
+from helpers import silent
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
@@ -21,16 +21,12 @@ from psvit.files import whole_file, whole_folder
 from psvit.schedule import Schedule
 from psvit.timing import Latency, interleaved, unsteady
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = demo.Settings(
     epochs=1, tune_epochs=1, width=32, depth=4, heads=2, shared=1, batch=4, seconds=0, analysed=8
 )
 FILES = ["accuracy-latency.png", "attention-maps.png", "attention-similarity.png", "results.json"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.fixture

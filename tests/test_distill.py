@@ -18,26 +18,10 @@ from psvit.distill.run import Student
 from psvit.planning.plan import Plan
 
 pytest.importorskip("timm")
-pytestmark = pytest.mark.filterwarnings("ignore:schedule .* changes what the model computes")
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), hosts.ignore_schedule_warning]
 
 HOW = Distillation(steps=20, batch=8, lr=1e-3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with helpers.threads(1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return hosts.timm_vit()
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def planned(model, schedule="AS|AS", **options) -> Plan:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import helpers
 import hosts
 import pytest
 import torch
@@ -25,19 +24,14 @@ from psvit.models.pool import STAGE_KINDS, StagePool
 
 timm = pytest.importorskip("timm")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 SCHEDULE = "AAS|ASA|AS"
 WIDTHS = (16, 24, 40)
 MATCHED = [name for name in PRESETS if not name.endswith("_deit")]
 DIMS = pytest.mark.parametrize("dims", [1, 2])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for more: threads would only wait for each other."""
-    with helpers.threads(1):
-        yield
 
 
 def small(schedule: str = SCHEDULE, widths=WIDTHS, **options) -> psvit.PSViT:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import threads
 
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
@@ -21,14 +20,10 @@ from safetensors.torch import save_file
 from psvit import cli
 from psvit.planning.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: timm's smallest ViT, with few tokens.
 MODEL = "test_vit"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,22 +20,7 @@ from psvit.planning.run import plan
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with helpers.threads(1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return hosts.timm_vit()
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+pytestmark = [pytest.mark.usefixtures("one_thread"), hosts.ignore_schedule_warning]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import json
 import random
 from collections import Counter
 
-import helpers
 import hosts
 import pytest
 import torch
@@ -23,12 +22,7 @@ from spaces import EACH_SPACE, small_space
 from psvit.search.space import Candidate, SearchSpace, Stage, default_space
 from psvit.search.supernet import Supernet
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for more: threads would only wait for each other."""
-    with helpers.threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- space ----------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 
-import helpers
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,12 +22,7 @@ from psvit.search.latency import LatencyTable, parts_of, parts_of_all
 from psvit.search.pareto import Score, front, reach, select
 from psvit.search.space import Candidate, SearchSpace, Stage, default_space
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for more: threads would only wait for each other."""
-    with helpers.threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- costs ----------------------------------------------------------------------------------

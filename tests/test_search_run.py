@@ -32,6 +32,8 @@ from psvit.train.data import Loading
 from psvit.train.packed import Packed
 from psvit.train.sources import Source
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPACE = SearchSpace(
     depths=((1, 2), (1, 2)),
     widths=((8, 16), (8, 16, 24)),
@@ -48,11 +50,8 @@ STEPS = 2 * 3 + 2 * 12
 
 
 @pytest.fixture(autouse=True)
-def one_thread(tmp_path, monkeypatch):
-    """And the user's cache folder left alone."""
+def own_cache_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with helpers.threads(1):
-        yield
 
 
 def learnable(seed: int = 0) -> Data:

@@ -29,6 +29,8 @@ import psvit
 from psvit import checkpoint, train
 from psvit.train import loop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {
     "model": "psvit",
     "schedule": "AS|A",
@@ -42,12 +44,6 @@ SMALL = {
     "ema": 0.9,
     "auto_augment": None,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with helpers.threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

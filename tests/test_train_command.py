@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import helpers
 import pytest
 
 pytest.importorskip("timm")
@@ -26,18 +25,14 @@ from safetensors.torch import load_file
 from psvit import checkpoint, cli
 from psvit.train import loop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLAGS = (
     *("--model", "psvit", "--schedule", "AS|A", "--widths", "16,32"),
     *("--model-args", "{patch_size: 4, head_dim: 16, mlp_ratio: 1}"),
     *("--epochs", "1", "--warmup-epochs", "0", "--batch", "8", "--lr", "1e-3"),
     *("--workers", "0", "--tensorboard", "false", "--auto-augment", "null"),
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with helpers.threads(1):
-        yield
 
 
 @pytest.fixture

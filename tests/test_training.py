@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 
-import helpers
 import hosts
 import pytest
 import torch
@@ -16,14 +15,7 @@ from two_processes import MODELS
 
 import psvit
 
-pytestmark = pytest.mark.filterwarnings("ignore:schedule .* changes what the model computes")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for more: threads would only wait for each other."""
-    with helpers.threads(1):
-        yield
+pytestmark = [pytest.mark.usefixtures("one_thread"), hosts.ignore_schedule_warning]
 
 
 @hosts.cases(MODELS)

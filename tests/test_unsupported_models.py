@@ -11,7 +11,7 @@ from torch import nn
 
 import psvit
 
-pytestmark = pytest.mark.filterwarnings("ignore:schedule .* changes what the model computes")
+pytestmark = hosts.ignore_schedule_warning
 
 
 def refuses(model, message, schedule="AAAA", **options):
