@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from .files import whole_file
 
+#: What goes on from a checkpoint.
+Kind = Literal["training run", "search", "distillation"]
+
 #: Of the file's contents; a file of another form is refused.
-FORM = 1
+FORM = 2
 NAME = "last.pt"
 
 
-def save(folder: Path, state: Mapping[str, Any]) -> None:
+def save(folder: Path, kind: Kind, state: Mapping[str, Any]) -> None:
     """Writes ``last.pt``. Until the last byte is on the disk, the older file stays as it was.
 
     Raises:
@@ -25,7 +28,7 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
     with whole_file(folder / NAME) as work:
         try:
             with open(work, "wb") as stream:
-                torch.save({"form": FORM, **state}, stream)
+                torch.save({"form": FORM, "kind": kind, **state}, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
         except RuntimeError as error:
@@ -35,11 +38,12 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
             raise
 
 
-def load(folder: Path) -> dict[str, Any]:
+def load(folder: Path, kind: Kind) -> dict[str, Any]:
     """What ``save`` wrote.
 
     Raises:
-        ValueError: no checkpoint there, or one that is truncated or not of this program.
+        ValueError: no checkpoint there, or one that is truncated, not of this program or of
+            another kind.
     """
     path = folder / NAME
     if not path.is_file():
@@ -51,4 +55,32 @@ def load(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a whole checkpoint: {said}") from error
     if not isinstance(state, dict) or state.get("form") != FORM:
         raise ValueError(f"{path}: not a checkpoint of psvit, or one of another version")
+    if state["kind"] != kind:
+        raise ValueError(
+            f"output: {folder} holds a checkpoint of a {state['kind']}, expected one of a {kind}"
+        )
     return state
+
+
+def stopped(folder: Path, kind: Kind, *, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if that is wanted; else there must be none to overwrite.
+
+    Raises:
+        ValueError: as ``load``; without ``resume`` a folder that has a checkpoint.
+    """
+    if resume:
+        return load(folder, kind)
+    if (folder / NAME).exists():
+        raise ValueError(
+            f"output: {folder} holds a checkpoint already; resume it, or name another folder"
+        )
+    return None
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings of the work that stopped that are others now, each in words."""
+    return [
+        f"{name} was {was.get(name)}, is {now.get(name)}"
+        for name in dict.fromkeys((*now, *was))
+        if was.get(name) != now.get(name)
+    ]

@@ -196,7 +196,7 @@ def test_latency_as_the_limit(tmp_path, monkeypatch):
 def test_another_search_in_the_folder_stays(tmp_path):
     search(tmp_path).run()
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"has a search or a training run; go on with it"):
+    with pytest.raises(ValueError, match=r"holds a checkpoint already; resume it, or"):
         search(tmp_path)
     other = replace(SETTINGS, seed=5, limit="flops<=0.7")
     message = r"made otherwise: limit was flops<=0.8, is flops<=0.7; seed was 0, is 5$"

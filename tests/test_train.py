@@ -77,7 +77,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same(folder: Path, other: Path) -> None:
     """The same checkpoint, bit for bit: weights, averaged weights, optimiser, position."""
-    states = [checkpoint.load(path) for path in (folder, other)]
+    states = [checkpoint.load(path, "training run") for path in (folder, other)]
     for state in states:
         del state["config"]["output"]
         for row in state["history"]:
@@ -227,7 +227,7 @@ def test_checkpointing_activations_changes_nothing_but_memory(data, tmp_path, pl
 
 def test_the_saved_weights_are_the_averaged_ones(data, tmp_path):
     run(make(data, tmp_path, epochs=1))
-    state = checkpoint.load(tmp_path)
+    state = checkpoint.load(tmp_path, "training run")
     for name, value in weights(tmp_path).items():
         assert torch.equal(value, state["ema"][name])
         assert not torch.equal(value, state["learner"][f"model.{name}"]) or not value.any()
@@ -254,7 +254,7 @@ def test_a_student_learns_from_a_teachers_scores_and_features_alone(data, tmp_pa
     )
     history = run(config)
     assert history[-1]["accuracy"] > 0.6, history
-    state = checkpoint.load(tmp_path / "student")
+    state = checkpoint.load(tmp_path / "student", "training run")
     assert state["learner"]["projection.weight"].shape == (32, 16)
     assert "projection.weight" not in weights(tmp_path / "student")
 
@@ -385,7 +385,9 @@ def test_a_run_killed_with_signal_9_goes_on_to_the_same_bits(data, tmp_path, whe
     command = [sys.executable, "-c", KILLED, str(tmp_path / "config.yaml"), where, str(count)]
     done = started(command, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert checkpoint.load(tmp_path / "run")["epoch"] == (1 if where == "epoch" else 0)
+    assert checkpoint.load(tmp_path / "run", "training run")["epoch"] == (
+        1 if where == "epoch" else 0
+    )
     left = list((tmp_path / "run").glob(".unfinished-*"))
     assert bool(left) == (where == "writing")
     run(config, resume=True)
@@ -417,7 +419,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
     message = r"^loss is nan in epoch 2, step 4, a batch of 8 images: train image \d+ of .*four.npz"
     with pytest.raises(train.LossError, match=message):
         run(config)
-    state = checkpoint.load(tmp_path)
+    state = checkpoint.load(tmp_path, "training run")
     assert (state["epoch"], state["step"]) == (1, 2)
     assert all(value.isfinite().all() for value in state["learner"].values())
 
@@ -426,13 +428,13 @@ def test_a_full_disk_is_an_error_that_loses_nothing_older(data, tmp_path):
     config = make(data, tmp_path, **RESUMED)
     run(config)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    state = checkpoint.load(tmp_path)
+    state = checkpoint.load(tmp_path, "training run")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["last.pt"]) // 2, limits[1]))
         with pytest.raises(OSError, match="File too large"):
-            checkpoint.save(tmp_path, state)
+            checkpoint.save(tmp_path, "training run", state)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -520,7 +522,7 @@ def test_cuda_is_refused_where_there_is_none(data, tmp_path):
 def test_a_folder_with_a_run_is_not_overwritten(data, tmp_path):
     config = make(data, tmp_path, epochs=1)
     run(config)
-    with pytest.raises(ValueError, match=f"^output: {re.escape(str(tmp_path))} holds a run"):
+    with pytest.raises(ValueError, match=f"^output: {re.escape(str(tmp_path))} holds a checkpoint"):
         run(config)
 
 

@@ -92,7 +92,7 @@ def test_resume_needs_no_more_than_the_folder(folder, capsys, monkeypatch):
     )
     code, _, err = run(capsys, folder, "--resume")
     assert code == 0 and "epoch 2/3" in err and "epoch 1/3" not in err
-    assert checkpoint.load(folder / "out")["epoch"] == 3
+    assert checkpoint.load(folder / "out", "training run")["epoch"] == 3
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def _prepared(args: argparse.Namespace) -> Search:
     from ..train.data import Loading
     from ..train.sources import open_source
 
-    before = checkpoint.load(args.output).get("search", {}) if args.resume else {}
+    before = checkpoint.load(args.output, "search")["search"] if args.resume else {}
     options = {
         name: getattr(args, name, before.get(name, value)) for name, value in DEFAULTS.items()
     }

@@ -84,7 +84,7 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
     from .. import checkpoint
 
     folder = Path(given.get("output", Config.__dataclass_fields__["output"].default))
-    return checkpoint.load(folder)["config"] | given
+    return checkpoint.load(folder, "training run")["config"] | given
 
 
 def _value(key: str, text: str) -> Any:

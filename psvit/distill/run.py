@@ -86,14 +86,15 @@ def distill(
 
     Raises:
         ValueError: a plan for another model, too few images; with ``resume`` no state to go on
-            from, or one that was made otherwise.
+            from, or one that was made otherwise; without it an ``output`` that has a checkpoint.
         FloatingPointError: the loss became infinite or no number.
     """
+    if resume and output is None:
+        raise ValueError("output: got None, expected the folder to go on from")
+    state = output and checkpoint.stopped(output, "distillation", resume=resume)
     student = Student(model, plan, images, how or Distillation())
-    if resume:
-        if output is None:
-            raise ValueError("output: got None, expected the folder to go on from")
-        student.restore(checkpoint.load(output))
+    if state:
+        student.restore(state)
     start = time.perf_counter()
     with progress("distilling", student.how.steps - student.step) as step:
         while not student.finished:
@@ -103,7 +104,7 @@ def distill(
                 student.look()
                 if output is not None:
                     output.mkdir(parents=True, exist_ok=True)
-                    checkpoint.save(output, student.state())
+                    checkpoint.save(output, "distillation", student.state())
     return student.plan(time.perf_counter() - start)
 
 
@@ -189,13 +190,9 @@ class Student:
         """What ``state`` gave.
 
         Raises:
-            ValueError: not of a distillation, or of one with other settings (listed).
+            ValueError: of a distillation with other settings (listed).
         """
-        was, now = state.get("distillation"), self.state()["distillation"]
-        if was is None:
-            raise ValueError("output: holds a checkpoint that is not of a distillation")
-        other = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
-        if other:
+        if other := checkpoint.differences(state["distillation"], self.state()["distillation"]):
             raise ValueError(f"resume: the run was made otherwise: {'; '.join(other)}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

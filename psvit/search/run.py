@@ -86,7 +86,7 @@ class Search:
     Raises:
         ValueError: a limit that no candidate meets; with ``resume`` no search in the folder, a
             damaged one, or one that was made otherwise (differences listed); without it a folder
-            that has one.
+            that has a checkpoint.
     """
 
     def __init__(
@@ -103,12 +103,9 @@ class Search:
         self.space, self.data, self.settings, self.output = space, data, settings, output
         self.progress = progress
         self.about = {**(about or {}), **asdict(settings), "space": space.to_dict()}
-        if not resume and (output / checkpoint.NAME).exists():
-            raise ValueError(
-                f"output: {output} has a search or a training run; go on with it (resume), or "
-                f"choose another folder"
-            )
-        stopped = self._stopped() if resume else None
+        stopped = checkpoint.stopped(output, "search", resume=resume)
+        if stopped is not None:
+            self._check(stopped)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.supernet = Supernet(space, device=settings.device)
@@ -196,7 +193,7 @@ class Search:
             "training": self.training.state_dict(),
             "searches": {name: search.state_dict() for name, search in self.searches.items()},
         }
-        checkpoint.save(self.output, state)
+        checkpoint.save(self.output, "search", state)
 
     def _load(self, stopped: Mapping[str, Any]) -> None:
         self.seconds = stopped["seconds"]
@@ -205,23 +202,14 @@ class Search:
         for name, search in self.searches.items():
             search.load_state_dict(stopped["searches"][name])
 
-    def _stopped(self) -> Mapping[str, Any]:
-        state = checkpoint.load(self.output)
-        if "search" not in state:
-            raise ValueError(f"{self.output / checkpoint.NAME}: not of a search")
+    def _check(self, stopped: Mapping[str, Any]) -> None:
         was, now = (
-            {**about, **about["space"], "space": None} for about in (state["search"], self.about)
+            {**about, **about["space"], "space": None} for about in (stopped["search"], self.about)
         )
-        differences = [
-            f"{name} was {was.get(name)}, is {now.get(name)}"
-            for name in dict.fromkeys((*now, *was))
-            if was.get(name) != now.get(name)
-        ]
-        if differences:
+        if other := checkpoint.differences(was, now):
             raise ValueError(
-                f"output: the search in {self.output} was made otherwise: {'; '.join(differences)}"
+                f"output: the search in {self.output} was made otherwise: {'; '.join(other)}"
             )
-        return state
 
     # --- results ----------------------------------------------------------------------------
 

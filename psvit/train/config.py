@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from .. import checkpoint
+
 
 class Option(NamedTuple):
     """What a key is for people, its range, and whether a resumed run may have another value."""
@@ -177,11 +179,11 @@ class Config:
 
     def differences(self, other: Config) -> list[str]:
         """What of it two runs may not differ in if one is to go on where the other stopped."""
-        return [
-            f"{key} was {before}, is {now}"
-            for key, option in OPTIONS.items()
-            if not option.free and (before := getattr(self, key)) != (now := getattr(other, key))
-        ]
+        was, now = (
+            {key: getattr(config, key) for key, option in OPTIONS.items() if not option.free}
+            for config in (self, other)
+        )
+        return checkpoint.differences(was, now)
 
     @property
     def peak_lr(self) -> float:

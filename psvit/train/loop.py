@@ -87,14 +87,8 @@ def prepared(
 
 def _saved(config: Config, folder: Path, resume: bool) -> dict[str, Any] | None:
     """The checkpoint to go on from, if that is wanted; nothing is written yet."""
-    if not resume:
-        if (folder / checkpoint.NAME).exists():
-            raise ValueError(
-                f"output: {folder} holds a run already; resume it, or name another folder"
-            )
-        return None
-    saved = checkpoint.load(folder)
-    differences = Config.of(saved["config"]).differences(config)
+    saved = checkpoint.stopped(folder, "training run", resume=resume)
+    differences = Config.of(saved["config"]).differences(config) if saved else []
     if differences:
         raise ValueError(f"resume: {folder} was made with another config: {'; '.join(differences)}")
     return saved
@@ -270,7 +264,7 @@ class Trainer:
     def _save(self) -> None:
         state = self.run.state()
         if self.group.first:
-            checkpoint.save(self.folder, state)
+            checkpoint.save(self.folder, "training run", state)
         self.group.wait()
 
     def _write_epoch(self) -> None:
