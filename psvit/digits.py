@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .outputs import kl_divergence
+
 
 class Digits(NamedTuple):
     """scikit-learn's 1,797 digits, 8 x 8 grey values from -1 to 1, split by a fixed seed.
@@ -145,18 +147,12 @@ def _taught(teacher: nn.Module | None, images: Tensor) -> Tensor | None:
         return teacher(images)
 
 
-def _loss(scores: Tensor, labels: Tensor, taught: Tensor | None, temperature: float = 2) -> Tensor:
+def _loss(scores: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
     """Cross-entropy, and half of it distillation: KL at a temperature (arXiv 1503.02531)."""
     hard = F.cross_entropy(scores, labels)
     if taught is None:
         return hard
-    soft = F.kl_div(
-        F.log_softmax(scores / temperature, 1),
-        F.log_softmax(taught / temperature, 1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return (hard + temperature**2 * soft) / 2
+    return (hard + kl_divergence(scores, taught, temperature=2)) / 2
 
 
 def accuracy(model: nn.Module, digits: Digits) -> float:

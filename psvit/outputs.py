@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -17,6 +18,18 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)):
         output = output[0]
     return output.mean(1) if output.dim() == 3 else output
+
+
+def kl_divergence(scores: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(reference || scores) of the classes, nats, mean over the images: one number.
+
+    Args:
+        scores, reference: class scores `(B, classes)`.
+        temperature: that both are divided by. The result is multiplied by its square, so that
+            gradients stay as large (arXiv 1503.02531, section 2).
+    """
+    log_q, log_p = ((x / temperature).log_softmax(1) for x in (scores, reference))
+    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
 def has_classes(model: nn.Module) -> bool:

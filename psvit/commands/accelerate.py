@@ -266,10 +266,11 @@ def agreement(
 ) -> dict[str, Any]:
     """How alike the outputs of both models are on images, and their accuracy if labels are given.
 
-    KL is KL(original || converted) of the class probabilities, in nats, averaged over images. A
-    model without classes is judged by the cosine similarity of its features.
+    A model without classes is judged by the cosine similarity of its features.
     """
     import torch
+
+    from ..planning.score import Score
 
     if labels is not None and not has_classes(model):
         raise BadInputError("--labels: the model has no classes")
@@ -284,14 +285,12 @@ def agreement(
     if not has_classes(model):
         alike = torch.nn.functional.cosine_similarity(before, after)
         return {**result, "feature_cosine": float(alike.mean())}
-    classes = before.argmax(1), after.argmax(1)
-    result["top1_agreement"] = float(torch.eq(*classes).double().mean())
-    p, q = before.log_softmax(1), after.log_softmax(1)
-    result["kl_nats"] = float((p.exp() * (p - q)).sum(1).mean())
+    score = Score.of(after, before)
+    result |= {"top1_agreement": score.agreement, "kl_nats": score.kl}
     if labels is not None:
         truth = torch.tensor(labels)
-        for name, chosen in zip(("before", "after"), classes, strict=True):
-            result[f"accuracy_{name}"] = float(torch.eq(chosen, truth).double().mean())
+        for name, scores in (("before", before), ("after", after)):
+            result[f"accuracy_{name}"] = float((scores.argmax(1) == truth).double().mean())
     return result
 
 

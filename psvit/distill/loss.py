@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..outputs import logits_of
+from ..outputs import kl_divergence, logits_of
 from ..stack import find_stack
 
 
@@ -32,15 +31,9 @@ class Distance:
             reference = logits_of(self.original(images)).float()
         with _outputs(self.converted) as found:
             scores = logits_of(self.converted(images)).float()
-        kl = F.kl_div(
-            scores.log_softmax(1),
-            reference.log_softmax(1),
-            log_target=True,
-            reduction="batchmean",
-        )
         pairs = zip(found, self._pooled(wanted), strict=True)
         errors = [(x - y).square().mean() / y.square().mean() for x, y in pairs]
-        return kl, torch.stack(errors).mean()
+        return kl_divergence(scores, reference), torch.stack(errors).mean()
 
     def _pooled(self, wanted: list[Tensor]) -> Iterator[Tensor]:
         stack = find_stack(self.converted)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..outputs import logits_of
+from ..outputs import kl_divergence, logits_of
 
 #: One image in so many is held out of all fits, to score on.
 HOLD_OUT = 4
@@ -25,6 +24,12 @@ class Score:
 
     agreement: float
     kl: float
+
+    @classmethod
+    def of(cls, scores: Tensor, reference: Tensor) -> Score:
+        """From class scores `(B, classes)` of the model and of the original."""
+        same = (scores.argmax(1) == reference.argmax(1)).double().mean()
+        return cls(float(same), float(kl_divergence(scores, reference)))
 
 
 def split(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,15 +58,7 @@ class Held:
 
     def score(self, model: nn.Module) -> Score:
         """Of another model with the same classes."""
-        scores = self._scores(model)
-        same = (scores.argmax(1) == self.reference.argmax(1)).double().mean()
-        kl = F.kl_div(
-            scores.log_softmax(1),
-            self.reference.log_softmax(1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        return Score(float(same), float(kl))
+        return Score.of(self._scores(model), self.reference)
 
     @torch.inference_mode()
     def _scores(self, model: nn.Module) -> Tensor:

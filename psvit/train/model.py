@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import init
+from ..outputs import kl_divergence
 from ..weights import fill, read_state
 from .config import Config
 from .sources import Source
@@ -152,7 +153,8 @@ class Learner(nn.Module):
             wanted, wanted_features = _scores_and_features(teacher, images)
         part = self.config.distill
         loss = (1 - part) * _cross_entropy(scores, targets, smoothing)
-        loss = loss + part * _divergence(scores, wanted, self.config.temperature)
+        temperature = self.config.temperature
+        loss = loss + part * kl_divergence(scores.float(), wanted.float(), temperature)
         if self.config.distill_features:
             projected = self.projection(features).float()
             difference = F.mse_loss(projected, wanted_features.float())
@@ -162,14 +164,6 @@ class Learner(nn.Module):
 
 def _cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     return F.cross_entropy(scores.float(), targets, label_smoothing=smoothing)
-
-
-def _divergence(scores: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """KL(wanted || scores) of the classes, both at a temperature, times its square."""
-    student = F.log_softmax(scores.float() / temperature, 1)
-    teacher = F.log_softmax(wanted.float() / temperature, 1)
-    kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return temperature**2 * kl
 
 
 def _scores_and_features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
