@@ -77,6 +77,18 @@ def interleaved(
     return {name: _summary(values) for name, values in times.items()}
 
 
+def waiting(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The function, after which all that it began on a GPU is done."""
+    if device.type != "cuda":
+        return function
+
+    def call() -> None:
+        function()
+        torch.cuda.synchronize(device)
+
+    return call
+
+
 def _summary(values: list[float]) -> Latency:
     p20, median, p80 = np.percentile(values, (20, 50, 80))
     return Latency(float(median), float(p20), float(p80), len(values))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..accelerate import accelerate
 from ..cost import layer_costs
 from ..pooling import Kind
 from ..schedule import ATTEND, POOL, SHARE, Schedule
-from ..timing import interleaved
+from ..timing import interleaved, waiting
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,9 @@ def latency(
     for stage in range(stages_of(depth)):
         schedules |= {*_probes(depth, stage)}
     models = {schedule: how.apply(model, schedule) for schedule in schedules}
-    times = interleaved(
-        {schedule: _call(converted, images) for schedule, converted in models.items()},
-        seconds=seconds,
-    )
+    calls = {
+        schedule: waiting(partial(converted, images), images.device)
+        for schedule, converted in models.items()
+    }
+    times = interleaved(calls, seconds=seconds)
     return LayerCosts.from_totals(depth, lambda schedule: times[schedule].median)
-
-
-def _call(model: nn.Module, images: Tensor) -> Callable[[], object]:
-    def call() -> None:
-        model(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-
-    return call

@@ -17,7 +17,7 @@ from psvit_kernels.probe import cache_file, device_key
 from ..attention import MapSlot
 from ..files import whole_file
 from ..schedule import POOL, Schedule
-from ..timing import interleaved
+from ..timing import interleaved, waiting
 from .space import Candidate, SearchSpace
 
 Name = Literal["embedding", "attends", "donates", "shares", "pool", "head"]
@@ -177,15 +177,7 @@ def _probe(
         widths[part.stage - 1] = part.before
     schedule = Schedule(POOL.join([_STAGE] * len(widths)))
     model = space.model(Candidate(schedule, tuple(widths)), device=device).eval()
-    run = _run(model, part, space, batch, device)
-    if device.type != "cuda":
-        return run
-
-    def run_and_wait() -> None:
-        run()
-        torch.cuda.synchronize(device)
-
-    return run_and_wait
+    return waiting(_run(model, part, space, batch, device), device)
 
 
 def _run(
