@@ -77,11 +77,14 @@ def all_runs(
     common: Mapping[str, Any],
     processes: int,
     progress: Progress,
+    *,
+    threads: int = 1,
 ) -> dict[str, list[Found]]:
     """What ``learn(arm, seed)`` found, for each arm a list over the seeds.
 
     ``folder`` gets ``settings.json`` and one file a run as soon as that is finished; runs that are
-    there already are read. With ``processes`` from 2 up, ``learn`` must be picklable.
+    there already are read. With ``processes`` from 2 up, ``learn`` must be picklable. Each run is
+    made in so many ``threads``.
 
     Raises:
         ValueError: the folder has runs that were made otherwise.
@@ -91,7 +94,7 @@ def all_runs(
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", common)
     jobs = [
-        Job(learn, arm, seed, folder / "runs" / f"{_slug(arm)}-{seed}.json")
+        Job(learn, arm, seed, folder / "runs" / f"{_slug(arm)}-{seed}.json", threads)
         for seed in range(seeds)
         for arm in arms
     ]
@@ -104,12 +107,13 @@ def all_runs(
 
 
 class Job(NamedTuple):
-    """A run to make, and the file that keeps it."""
+    """A run to make, the file that keeps it, and the threads that it is made in."""
 
     learn: Learn
     arm: str
     seed: int
     file: Path
+    threads: int = 1
 
 
 def _slug(name: str) -> str:
@@ -152,16 +156,15 @@ def _run_in_process(job: Job) -> Found:
 
 
 def _run(job: Job) -> Found:
-    """In one thread, as ``digits.Training`` does."""
     if job.file.exists():
         return json.loads(job.file.read_text(encoding="utf-8"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(job.threads)
     try:
         with torch.random.fork_rng():
             found = job.learn(job.arm, job.seed)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     write_json(job.file, found)
     return found
 
