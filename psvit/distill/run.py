@@ -38,7 +38,6 @@ class Distillation:
         batch: images of a step.
         lr: highest learning rate; a tenth of the steps is warm-up, then it falls as a cosine.
         tune: "all" parameters in use, or only "norms" and biases.
-        tokens: weight of the tokens' difference after each layer, beside KL of the classes.
         seed: of order and changes of the images.
     """
 
@@ -46,7 +45,6 @@ class Distillation:
     batch: int = 16
     lr: float = 2e-4
     tune: Literal["all", "norms"] = "all"
-    tokens: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -145,7 +143,7 @@ class Student:
         images = augmented(self.images[chosen].to(self._device), generator)
         with self._autocast():
             kl, tokens = self.distance(images)
-        loss = kl + self.how.tokens * tokens
+        loss = kl + tokens
         if not loss.isfinite():
             raise FloatingPointError(f"loss: is {loss.item()} in step {self.step + 1}")
         self.optimizer.zero_grad()

@@ -29,7 +29,7 @@ class Option(NamedTuple):
 #: What each key of ``Config`` is.
 OPTIONS = {
     # What to train, on what
-    "data": Option("digits, a folder, a .npz file, or a dataset name of timm"),
+    "data": Option("digits, a folder of images, an .npz file, torch/NAME:FOLDER or hfds/NAME"),
     "output": Option("folder for checkpoints, weights and metrics", free=True),
     "model": Option('a model of timm or psvit, or "psvit" with a schedule'),
     "schedule": Option('of the model "psvit": one character a layer'),
@@ -48,7 +48,6 @@ OPTIONS = {
     "min_lr": Option("learning rate at the end of the cosine", least=0),
     "warmup_epochs": Option("epochs of linear warm-up", least=0),
     "weight_decay": Option("of AdamW; none on biases, norms, embeddings", least=0),
-    "layer_decay": Option("learning rate's factor a layer", least=0, most=1),
     "clip_grad": Option("largest norm of the gradient", least=0),
     "drop_path": Option("stochastic depth of the last layer", least=0, most=0.99),
     "label_smoothing": Option("part of a label that goes to all classes", least=0, most=1),
@@ -109,7 +108,6 @@ class Config:
     min_lr: float = 1e-5
     warmup_epochs: int = 5
     weight_decay: float = 0.05
-    layer_decay: float | None = None
     clip_grad: float | None = 1.0
     drop_path: float = 0.1
     label_smoothing: float = 0.1

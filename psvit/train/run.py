@@ -57,11 +57,7 @@ class Run:
         learner = Learner(self.model, teacher and teacher.to(group.device), config)
         self.learner: nn.Module = self._shared(learner.to(group.device))
         self.optimizer = create_optimizer_v2(
-            self.model,
-            opt="adamw",
-            lr=config.peak_lr,
-            weight_decay=config.weight_decay,
-            layer_decay=config.layer_decay,
+            self.model, opt="adamw", lr=config.peak_lr, weight_decay=config.weight_decay
         )
         projection = list(learner.projection.parameters())
         if projection:
