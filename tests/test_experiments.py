@@ -52,6 +52,14 @@ def test_every_arm_runs_with_every_seed_in_one_thread(tmp_path: Path) -> None:
     assert found["a"][0]["accuracy"] == found["b + c"][0]["accuracy"] != found["a"][1]["accuracy"]
 
 
+def test_runs_have_the_threads_that_are_asked_for(tmp_path: Path) -> None:
+    learn = partial(dice.throw, tmp_path / "log")
+    before = torch.get_num_threads()
+    found = all_runs(learn, ["a"], 1, tmp_path, about("dice", {}), 1, silent, threads=before + 1)
+    assert found["a"][0]["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
 def test_processes_change_nothing(tmp_path: Path) -> None:
     assert some_runs(tmp_path, 1, "one") == some_runs(tmp_path, 2, "two")
 
