@@ -14,11 +14,19 @@ import torch
 from torch.utils import deterministic
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("helpers", "hosts")
+pytest.register_assert_rewrite("accuracy", "attention_cases", "hosts", "pool_cases")
 
 import building  # noqa: E402
-import helpers  # noqa: E402
 import hosts  # noqa: E402
+from forced_providers import (  # noqa: E402
+    BACKENDS,
+    CUDA_DEVICE,
+    cuda_kernels,
+    serving,
+    unavailable,
+)
+from inputs import F16  # noqa: E402
+from surroundings import MEASURED, threads  # noqa: E402
 
 from psvit_kernels import probe, registry  # noqa: E402
 from psvit_kernels.triton import interpreting  # noqa: E402
@@ -30,8 +38,8 @@ REFUSED = 'provider "cuda" was forced but cannot serve'
 
 
 def pytest_report_header() -> str:
-    served = {name: helpers.unavailable(name) or "available" for name in registry.PROVIDERS}
-    if helpers.CUDA_DEVICE == "cpu":
+    served = {name: unavailable(name) or "available" for name in registry.PROVIDERS}
+    if CUDA_DEVICE == "cpu":
         served["cuda"] = "emulated on the CPU"
     return f"psvit: PSVIT_TEST_SEED={SEED}, providers: {served}"
 
@@ -107,7 +115,7 @@ def provider_left_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def one_thread():
     """For models so small that threads would only wait for each other."""
-    with helpers.threads(1):
+    with threads(1):
         yield
 
 
@@ -127,32 +135,32 @@ def images():
 @pytest.fixture(params=[name for name in registry.PROVIDERS if name != "cuda"])
 def provider(request: pytest.FixtureRequest):
     """The test runs once for each provider of float32, forced, so that nothing falls back."""
-    with helpers.serving(request.param):
+    with serving(request.param):
         yield request.param
 
 
 @pytest.fixture
 def cpu_provider():
-    with helpers.serving("cpu"):
+    with serving("cpu"):
         yield "cpu"
 
 
-@pytest.fixture(params=helpers.BACKENDS, ids=str)
+@pytest.fixture(params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest):
     """Each provider with each dtype that it serves."""
-    with helpers.serving(request.param.provider, request.param.dtype, request.param.family):
+    with serving(request.param.provider, request.param.dtype, request.param.family):
         yield request.param
 
 
 #: In the interpreter, which is slow, sweeps of sizes are for one dtype.
-SWEPT = [b for b in helpers.BACKENDS if b.provider != "reference"]
-SWEPT = [b for b in SWEPT if not (interpreting() and b.dtype == helpers.F16)]
+SWEPT = [b for b in BACKENDS if b.provider != "reference"]
+SWEPT = [b for b in SWEPT if not (interpreting() and b.dtype == F16)]
 
 
 @pytest.fixture(params=SWEPT, ids=str)
 def kernel(request: pytest.FixtureRequest):
     """Each provider but the reference, for sweeps: the reference is made of PyTorch's own parts."""
-    with helpers.serving(request.param.provider, request.param.dtype, request.param.family):
+    with serving(request.param.provider, request.param.dtype, request.param.family):
         yield request.param
 
 
@@ -173,7 +181,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
     def measure(device: torch.device) -> dict[str, float]:
         devices.append(device)
-        return dict(helpers.MEASURED)
+        return dict(MEASURED)
 
     monkeypatch.setattr(probe, "_measure", measure)
     return devices
@@ -190,5 +198,5 @@ def store(tmp_path: Path):
 @pytest.fixture
 def kernels():
     """The CUDA provider as it is, which refuses gradients; skips where a GPU is no Hopper."""
-    with helpers.cuda_kernels("sm_90a", gradients=False):
+    with cuda_kernels("sm_90a", gradients=False):
         yield

@@ -6,12 +6,12 @@ import copy
 import pickle
 from pathlib import Path
 
-import helpers
 import hosts
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forced_providers import skip_unless_available
 
 import psvit
 import psvit_kernels as pk
@@ -136,7 +136,7 @@ def test_sharing_and_pooling_are_what_a_naive_implementation_gives(make, schedul
 @hosts.cases(hosts.TIMM)
 @pytest.mark.parametrize(("training", "pool"), [(False, "max"), (True, "conv")])
 def test_the_compiled_kernels_give_what_the_reference_gives(make, training, pool):
-    helpers.skip_unless_available("cpu")
+    skip_unless_available("cpu")
     host = make()
     model = psvit.accelerate(host, "AS|AS", pool=pool, size_bias=True).train(training)
     x = images_for(host)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 
-import helpers
 import hosts
 import pytest
 import torch
+from forced_providers import skip_unless_available
 
 import psvit
 import psvit_kernels as pk
@@ -33,7 +33,7 @@ def test_attending_everywhere_gives_the_hosts_outputs(make, training):
 
 @pytest.mark.parametrize("schedule", ["ASSA", "AS|AS"])
 def test_the_compiled_kernels_give_what_the_reference_gives(schedule):
-    helpers.skip_unless_available("cpu")
+    skip_unless_available("cpu")
     model = psvit.accelerate(hosts.torchvision_vit(), schedule, size_bias=True).train()
     x = hosts.images()
     with pk.use("cpu"):

@@ -6,30 +6,22 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    BF16,
-    F32,
-    F64,
+from accuracy import assert_accurate, assert_same_bits
+from attention_cases import (
     ApplyCase,
     apply_dense,
     apply_results,
-    assert_accurate,
-    assert_same_bits,
     check_apply,
     check_group,
     eager_apply,
     eager_attention,
     eager_group,
-    fused_qkv,
     group_case,
     group_results,
-    guarded,
-    normal,
-    probabilities,
-    threads,
-    wide,
     with_scores,
 )
+from inputs import BF16, F32, F64, fused_qkv, guarded, normal, probabilities, wide
+from surroundings import threads
 
 import psvit_kernels as pk
 

@@ -7,23 +7,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
-    BF16,
-    F32,
-    F64,
+from accuracy import assert_accurate, assert_all_accurate, assert_same_bits
+from attention_cases import (
     AttentionCase,
-    assert_accurate,
-    assert_all_accurate,
-    assert_same_bits,
     attention_magnitudes,
     attention_results,
     check_attention,
     eager_attention,
-    fused_qkv,
-    guarded,
-    normal,
-    threads,
 )
+from inputs import BF16, F32, F64, fused_qkv, guarded, normal
+from surroundings import threads
 
 import psvit_kernels as pk
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64
+from inputs import BF16, F16, F32, F64
 
 import psvit_kernels as pk
 from psvit_kernels import registry

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import skip_unless_available
+from forced_providers import skip_unless_available
 
 from psvit.bench import add_arguments, cases, command, cores, main, measure, model, noise
 from psvit_kernels.registry import PROVIDERS

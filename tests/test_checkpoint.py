@@ -6,10 +6,10 @@ import itertools
 from pathlib import Path
 from typing import get_args
 
-import helpers
 import hosts
 import pytest
 import torch
+from surroundings import silent
 
 import psvit
 from psvit import checkpoint, cli
@@ -43,7 +43,7 @@ def distillation(folder: Path, *, resume: bool) -> str:
     model = hosts.timm_vit()
     options = {"schedule": psvit.Schedule("AAAA"), "pool": "avg", "dims": 2, "size_bias": True}
     plan = Plan.of(model, psvit.accelerate(model, "AAAA"), **options)
-    options = {"output": folder, "resume": resume, "progress": helpers.silent}
+    options = {"output": folder, "resume": resume, "progress": silent}
     with pytest.raises(ValueError) as error:
         distill(model, plan, torch.randn(4, 3, 32, 32), **options)
     return str(error.value)

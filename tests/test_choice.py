@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64
+from inputs import BF16, F16, F32, F64
 from torch.fx.experimental import symbolic_shapes
 
 import psvit_kernels as pk

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import threads
+from surroundings import threads
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")

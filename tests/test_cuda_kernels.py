@@ -11,30 +11,19 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    BACKENDS,
-    BF16,
-    CUDA_DEVICE,
-    CUDA_FAMILIES,
-    F16,
-    F64,
+from accuracy import assert_accurate, assert_same_bits
+from attention_cases import (
     ApplyCase,
     AttentionCase,
     apply_dense,
-    assert_accurate,
-    assert_same_bits,
     check_apply,
     check_attention,
     eager_apply,
     eager_attention,
-    fused_qkv,
-    guarded,
-    normal,
-    probabilities,
-    serving,
-    wide,
     with_scores,
 )
+from forced_providers import BACKENDS, CUDA_DEVICE, CUDA_FAMILIES, serving
+from inputs import BF16, F16, F64, fused_qkv, guarded, normal, probabilities, wide
 
 import psvit_kernels as pk
 from psvit_kernels import codes

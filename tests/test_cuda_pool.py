@@ -6,18 +6,10 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    BF16,
-    F16,
-    F32,
-    assert_same_bits,
-    check_pool,
-    eager_pool,
-    guarded,
-    normal,
-    pool_case,
-    serving,
-)
+from accuracy import assert_same_bits
+from forced_providers import serving
+from inputs import BF16, F16, F32, guarded, normal
+from pool_cases import check_pool, eager_pool, pool_case
 
 import psvit_kernels as pk
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import helpers
 import pytest
 import torch
-from helpers import BF16, CUDA_DEVICE, CUDA_FAMILIES, F16, F32, F64, normal
+from forced_providers import CUDA_DEVICE, CUDA_FAMILIES, cuda_kernels
+from inputs import BF16, F16, F32, F64, guarded, normal
 
 import psvit_kernels as pk
 from psvit_kernels import codes, cuda, registry
@@ -23,7 +23,7 @@ HALVES = [BF16, F16]
 @pytest.fixture(params=CUDA_FAMILIES)
 def family(request):
     """Forced, without the gradients that other tests get from the reference."""
-    kernels = helpers.cuda_kernels(request.param, gradients=False)
+    kernels = cuda_kernels(request.param, gradients=False)
     with kernels, registry.use("cuda"), torch.device(CUDA_DEVICE):
         yield request.param
 
@@ -104,12 +104,12 @@ def changed(args: tuple, index: int, change) -> tuple:
 
 def shifted(t: torch.Tensor) -> torch.Tensor:
     """The same values, 6 bytes further in memory."""
-    return helpers.guarded(t, 3)
+    return guarded(t, 3)
 
 
 def gapped(t: torch.Tensor) -> torch.Tensor:
     """The same values with 8 bytes between the rows."""
-    return helpers.guarded(t, 0, (0, 0, 0, 4))
+    return guarded(t, 0, (0, 0, 0, 4))
 
 
 HALF_ONLY = "not torch.bfloat16 or torch.float16"

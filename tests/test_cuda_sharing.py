@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BF16, F16, F64, assert_accurate, cuda_kernels
+from accuracy import assert_accurate
+from forced_providers import cuda_kernels
+from inputs import BF16, F16, F64
 from torch import Tensor, nn
 
 import psvit_kernels as pk

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import silent
+from surroundings import silent
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import helpers
 import hosts
 import pytest
 import torch
+from surroundings import silent
 
 import psvit
 from psvit.calibrate import calibrate
@@ -38,14 +38,14 @@ def planned(model, schedule="AS|AS", **options) -> Plan:
 
 
 def test_a_converted_model_comes_nearer_to_its_original(model, images):
-    found = distill(model, planned(model), images, HOW, progress=helpers.silent).found
+    found = distill(model, planned(model), images, HOW, progress=silent).found
     history = found["distillation"]["history"]
     assert found["measured"]["kl"] < 0.8 * history[0]["kl"], history
     assert found["measured"]["kl"] == min(row["kl"] for row in history)
 
 
 def test_the_plan_that_comes_back_has_the_best_weights(model, images):
-    plan = distill(model, planned(model), images, HOW, progress=helpers.silent)
+    plan = distill(model, planned(model), images, HOW, progress=silent)
     student = Student(model, planned(model), images, HOW)
     score = student.held.score(plan.apply(model))
     assert score.kl == pytest.approx(plan.found["measured"]["kl"], rel=1e-6)
@@ -53,9 +53,9 @@ def test_the_plan_that_comes_back_has_the_best_weights(model, images):
 
 def test_what_learns_nothing_keeps_the_weights_of_the_start(model, images):
     """A learning rate that destroys the model: the best look is the first."""
-    calibrated, _ = calibrate(model, "ASAA", images, progress=helpers.silent)
+    calibrated, _ = calibrate(model, "ASAA", images, progress=silent)
     plan = planned(model, "ASAA").with_weights(model, calibrated, {})
-    found = distill(model, plan, images, dataclasses.replace(HOW, lr=10.0), progress=helpers.silent)
+    found = distill(model, plan, images, dataclasses.replace(HOW, lr=10.0), progress=silent)
     for name, value in found.corrections.items():
         assert torch.equal(value, plan.corrections[name]), name
     assert found.found["distillation"]["history"][-1]["step"] < HOW.steps  # it gave up
@@ -63,9 +63,7 @@ def test_what_learns_nothing_keeps_the_weights_of_the_start(model, images):
 
 def test_norms_and_biases_alone_can_learn(model, images):
     plan = planned(model, "ASAA")
-    found = distill(
-        model, plan, images, dataclasses.replace(HOW, tune="norms"), progress=helpers.silent
-    )
+    found = distill(model, plan, images, dataclasses.replace(HOW, tune="norms"), progress=silent)
     names = set(found.corrections) - set(plan.corrections)
     assert names and all(
         name.endswith(("bias", "norm1.weight", "norm2.weight", "norm.weight")) for name in names
@@ -107,7 +105,7 @@ def test_changed_images_are_those_of_the_generator(images):
 
 
 def test_a_stopped_distillation_ends_with_the_same_bits(model, images, tmp_path, monkeypatch):
-    whole = distill(model, planned(model), images, HOW, progress=helpers.silent)
+    whole = distill(model, planned(model), images, HOW, progress=silent)
     update, count = Student.update, 0
 
     def stopping(self):
@@ -119,9 +117,9 @@ def test_a_stopped_distillation_ends_with_the_same_bits(model, images, tmp_path,
 
     monkeypatch.setattr(Student, "update", stopping)
     with pytest.raises(KeyboardInterrupt):
-        distill(model, planned(model), images, HOW, output=tmp_path, progress=helpers.silent)
+        distill(model, planned(model), images, HOW, output=tmp_path, progress=silent)
     again = distill(
-        model, planned(model), images, HOW, output=tmp_path, resume=True, progress=helpers.silent
+        model, planned(model), images, HOW, output=tmp_path, resume=True, progress=silent
     )
     for name, value in whole.corrections.items():
         assert torch.equal(again.corrections[name], value), name
@@ -136,23 +134,23 @@ def test_bad_input_is_named(model, images, tmp_path):
     with pytest.raises(ValueError, match=r'^tune: got "lora", expected "all" or "norms"$'):
         Distillation(tune="lora")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^images: got 3, expected at least 4$"):
-        distill(model, plan, images[:3], HOW, progress=helpers.silent)
+        distill(model, plan, images[:3], HOW, progress=silent)
     with pytest.raises(ValueError, match=r"no such checkpoint to go on from$"):
-        distill(model, plan, images, HOW, output=tmp_path, resume=True, progress=helpers.silent)
+        distill(model, plan, images, HOW, output=tmp_path, resume=True, progress=silent)
     distill(
         model,
         plan,
         images,
         dataclasses.replace(HOW, steps=2),
         output=tmp_path,
-        progress=helpers.silent,
+        progress=silent,
     )
     with pytest.raises(
         ValueError, match=r"^resume: the run was made otherwise: steps was 2, is 20$"
     ):
-        distill(model, plan, images, HOW, output=tmp_path, resume=True, progress=helpers.silent)
+        distill(model, plan, images, HOW, output=tmp_path, resume=True, progress=silent)
     with pytest.raises(ValueError, match=r"^model: the plan was made for another one"):
-        distill(hosts.timm_vit(num_classes=7), plan, images, HOW, progress=helpers.silent)
+        distill(hosts.timm_vit(num_classes=7), plan, images, HOW, progress=silent)
 
 
 def test_a_loss_that_is_no_number_stops_it(model, images):
@@ -160,4 +158,4 @@ def test_a_loss_that_is_no_number_stops_it(model, images):
     spoilt[0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"^loss: is nan in step 1$"):
         how = dataclasses.replace(HOW, batch=30)
-        distill(model, planned(model), spoilt, how, progress=helpers.silent)
+        distill(model, planned(model), spoilt, how, progress=silent)

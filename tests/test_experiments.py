@@ -14,7 +14,7 @@ import dice
 import numpy as np
 import pytest
 import torch
-from helpers import silent
+from surroundings import silent
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("timm")

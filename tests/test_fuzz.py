@@ -14,25 +14,20 @@ import os
 
 import pytest
 import torch
-from helpers import (
-    BF16,
-    F32,
+from accuracy import bits
+from attention_cases import (
     ApplyCase,
     AttentionCase,
     GroupCase,
-    bits,
     check_apply,
     check_attention,
     check_group,
-    check_pool,
-    guarded,
-    normal,
-    pool_case,
-    probabilities,
-    threads,
 )
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from inputs import BF16, F32, guarded, normal, probabilities
+from pool_cases import check_pool, pool_case
+from surroundings import threads
 from torch import Tensor
 
 EXAMPLES = int(os.environ.get("PSVIT_FUZZ", "0"))

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # last: psvit is the installed one
 
-import helpers  # noqa: E402
+from forced_providers import CUDA_DEVICE  # noqa: E402
 from gpu_sessions import RATES, Ended, HostClock, Lost, run, spoilt, states, stored  # noqa: E402
 
 from bench.gpu import (  # noqa: E402
@@ -48,7 +48,7 @@ NEW = (
 def try_out(store, cases, host=None) -> list[str]:
     said: list[str] = []
     clock = host or HostClock()
-    trial.run(store, cases, clock, device=helpers.CUDA_DEVICE, say=said.append)
+    trial.run(store, cases, clock, device=CUDA_DEVICE, say=said.append)
     return said
 
 
@@ -57,7 +57,7 @@ def test_new_kernels_are_tried_then_measured_beside_the_others(store, kernels):
     said = try_out(store, NEW)
     assert len(said) == 14 and said[0] == "tried apply/1x2x21 dense cuda/sm_90a: right"
     assert states(store) == {"not measured"}
-    run(store, NEW, fresh=False, device=helpers.CUDA_DEVICE)
+    run(store, NEW, fresh=False, device=CUDA_DEVICE)
     assert states(store) == {"measured"}
     record = stored(store)["cases"]["apply/1x2x21"]
     ratios = record["ratios"]["uint8 cuda/sm_90a"]
@@ -77,7 +77,7 @@ def test_new_kernels_that_nobody_has_tried_are_not_measured(store, kernels):
 
 
 def test_a_row_is_served_by_its_family_alone(kernels):
-    place = torch.device(helpers.CUDA_DEVICE)
+    place = torch.device(CUDA_DEVICE)
     before = registry.forced()
     for name in ("sm_90a", "sm_80"):
         with providers.serving(f"cuda/{name}"):
@@ -89,7 +89,7 @@ def test_what_the_kernels_refuse_is_no_failure(store, kernels):
     cases = [Case("attention", (1, 1, 280), both_families("dense"), ("eager",))]
     store.create(cases)
     assert "refused" in try_out(store, cases)[0]
-    run(store, cases, fresh=False, device=helpers.CUDA_DEVICE)
+    run(store, cases, fresh=False, device=CUDA_DEVICE)
     for row in stored(store)["cases"]["attention/1x1x280"]["rows"].values():
         assert row["status"] == "refused" and "280 tokens > 272" in row["reason"]
     assert not report.failed(stored(store))
@@ -101,7 +101,7 @@ def test_a_wrong_new_kernel_costs_its_row(store, kernels, monkeypatch):
     cases = [Case("apply", (1, 2, 21), {"dense reference": (), "dense cuda/sm_80": ()}, ("eager",))]
     store.create(cases)
     try_out(store, cases)
-    run(store, cases, fresh=False, device=helpers.CUDA_DEVICE)
+    run(store, cases, fresh=False, device=CUDA_DEVICE)
     found = stored(store)["cases"]["apply/1x2x21"]
     assert found["rows"]["dense cuda/sm_80"]["status"] == "FAILED correctness"
     assert found["rows"]["dense reference"]["status"] == "measured"
@@ -132,7 +132,7 @@ def test_a_new_kernel_that_takes_the_device_along_costs_its_own_rows(store, kern
 
     store.create(THREE)
     command.supervise(store, start, time.time() + 1e6)
-    run(store, THREE, fresh=False, device=helpers.CUDA_DEVICE)
+    run(store, THREE, fresh=False, device=CUDA_DEVICE)
     found = [stored(store)["cases"][case.name]["rows"] for case in THREE]
     assert starts == 2
     assert [rows["dense cuda/sm_80"]["status"] for rows in found] == ["error", "error", "measured"]
@@ -192,7 +192,7 @@ def test_a_network_beside_the_unconverted_one(store, kernels, small_network):
     case = network_case("reference", "cuda/sm_90a", bars=bars)
     store.create([case])
     try_out(store, [case])
-    run(store, [case], fresh=False, device=helpers.CUDA_DEVICE)
+    run(store, [case], fresh=False, device=CUDA_DEVICE)
     record = stored(store)["cases"][case.name]
     assert states(store) == {"measured"}, record["rows"]
     row = record["rows"]["AS|AS cuda/sm_90a"]
@@ -210,7 +210,7 @@ def test_a_network_with_a_call_that_its_provider_refuses_says_so(store, kernels,
     wide = Case(wide.kind, (1, 288, 288), wide.rows, wide.baselines)  # 325 tokens
     store.create([wide])
     try_out(store, [wide])
-    run(store, [wide], fresh=False, device=helpers.CUDA_DEVICE)
+    run(store, [wide], fresh=False, device=CUDA_DEVICE)
     found = stored(store)["cases"][wide.name]["rows"]
     assert found["AS|AS cuda/sm_90a"]["status"] == "refused"
     assert "325 tokens > 272" in found["AS|AS cuda/sm_90a"]["reason"]
@@ -244,7 +244,7 @@ def test_the_pinned_backend_is_compiled_into_the_unconverted_network(small_netwo
 
 @pytest.mark.parametrize("kernel", sanitize.KERNELS)
 def test_small_cases_run(kernels, kernel):
-    sanitize.run(kernel, helpers.CUDA_DEVICE)
+    sanitize.run(kernel, CUDA_DEVICE)
 
 
 TOOL = """#!{python}

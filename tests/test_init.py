@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import threads
+from surroundings import threads
 
 pytest.importorskip("timm")
 

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, normal, probabilities
+from inputs import BF16, F16, F32, F64, normal, probabilities
 
 import psvit_kernels as pk
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-import helpers
 import hosts
 import numpy as np
 import pytest
 import torch
+from surroundings import silent, threads
 
 import psvit
 from psvit.planning import run
@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), hosts.ignore_schedule_warni
 
 @pytest.fixture(scope="module")
 def made(model, images) -> Plan:
-    with helpers.threads(1):
-        return plan(model, images, "flops<=0.8", progress=helpers.silent)
+    with threads(1):
+        return plan(model, images, "flops<=0.8", progress=silent)
 
 
 # --- budgets ------------------------------------------------------------------------------------
@@ -115,11 +115,11 @@ def test_a_plan_for_another_model_names_what_differs(made):
 def test_a_budget_that_no_schedule_meets_names_the_nearest(model, images):
     message = r"^budget: got flops<=0.01, but the cheapest schedule found, A\|A.*, has 0\.\d+ of"
     with pytest.raises(ValueError, match=message):
-        plan(model, images, "flops<=0.01", progress=helpers.silent)
+        plan(model, images, "flops<=0.01", progress=silent)
 
 
 def test_agreement_as_budget_gives_a_plan_that_agrees(model, images):
-    found = plan(model, images, "top1_agreement>=0.9", progress=helpers.silent)
+    found = plan(model, images, "top1_agreement>=0.9", progress=silent)
     assert found.found["measured"]["agreement"] >= 0.9
     assert found.found["cost"] < 1
 
@@ -127,7 +127,7 @@ def test_agreement_as_budget_gives_a_plan_that_agrees(model, images):
 def test_a_latency_budget_is_kept(model, images, monkeypatch):
     measured = LayerCosts((0.25, 0.2, 0.1), (0.15, 0.1, 0.05))
     monkeypatch.setattr(run, "latency", lambda *args: measured)
-    found = plan(model, images, "latency<=0.8", progress=helpers.silent)
+    found = plan(model, images, "latency<=0.8", progress=silent)
     assert found.found["cost"] == measured.of(found.schedule) <= 0.8
     assert found.found["budget"] == "latency<=0.8"
 
@@ -141,7 +141,7 @@ def test_latency_is_measured_for_each_kind_of_layer_in_each_stage(model, images)
 
 def test_too_few_images_are_refused(model, images):
     with pytest.raises(ValueError, match=r"^images: got 3, expected at least"):
-        plan(model, images[:3], "flops<=0.8", progress=helpers.silent)
+        plan(model, images[:3], "flops<=0.8", progress=silent)
 
 
 @pytest.mark.parametrize(

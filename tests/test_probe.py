@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BF16, MEASURED
+from inputs import BF16
+from surroundings import MEASURED
 
 import psvit_kernels as pk
 from psvit_kernels import choice, info, probe

@@ -9,7 +9,8 @@ import types
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, normal, probabilities, skip_unless_available
+from forced_providers import skip_unless_available
+from inputs import BF16, F16, F32, F64, normal, probabilities
 
 import psvit_kernels as pk
 from psvit_kernels import cpu, reference, registry

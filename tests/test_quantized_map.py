@@ -8,21 +8,10 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    F16,
-    F32,
-    F64,
-    assert_accurate,
-    assert_same_bits,
-    eager_apply,
-    eager_attention,
-    fused_qkv,
-    normal,
-    probabilities,
-    serving,
-    wide,
-    with_scores,
-)
+from accuracy import assert_accurate, assert_same_bits
+from attention_cases import eager_apply, eager_attention, with_scores
+from forced_providers import serving
+from inputs import F16, F32, F64, fused_qkv, normal, probabilities, wide
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 

@@ -6,17 +6,10 @@ import warnings
 
 import pytest
 import torch
-from helpers import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    eager_attention,
-    normal,
-    pool_case,
-    probabilities,
-    threads,
-)
+from attention_cases import eager_attention
+from inputs import BF16, F16, F32, F64, normal, probabilities
+from pool_cases import pool_case
+from surroundings import threads
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint

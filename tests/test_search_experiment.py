@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import helpers
 import pytest
+from surroundings import threads
 
 from psvit import cli
 
@@ -27,7 +27,7 @@ def quick(monkeypatch):
     few = search.digits().few(60, seed=0)
     few = replace(few, test_images=few.test_images[:50], test_labels=few.test_labels[:50])
     monkeypatch.setattr(search, "digits", lambda: few)
-    with helpers.threads(1):
+    with threads(1):
         yield small
 
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import helpers
 import numpy as np
 import pytest
 import torch
+from surroundings import silent
 
 from psvit import Schedule, cli, timing
 
@@ -83,9 +83,7 @@ class Stopping:
             raise KeyboardInterrupt
 
 
-def search(
-    output: Path, settings: Settings = SETTINGS, progress=helpers.silent, **options
-) -> Search:
+def search(output: Path, settings: Settings = SETTINGS, progress=silent, **options) -> Search:
     return Search(SPACE, learnable(), settings, output, progress=progress, **options)
 
 

@@ -7,21 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
-    BF16,
-    F32,
-    F64,
-    assert_same_bits,
-    bits,
-    check_pool,
-    eager_pool,
-    guarded,
-    normal,
-    pool_case,
-    pool_results,
-    skip_unless_available,
-    threads,
-)
+from accuracy import assert_same_bits, bits
+from forced_providers import skip_unless_available
+from inputs import BF16, F32, F64, guarded, normal
+from pool_cases import check_pool, eager_pool, pool_case, pool_results
+from surroundings import threads
 
 import psvit_kernels as pk
 from psvit_kernels.triton import interpreting

@@ -13,9 +13,9 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import helpers
 import pytest
 import torch
+from surroundings import silent, threads
 
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
@@ -68,7 +68,7 @@ def make(npz: Path, folder: Path, **changes) -> train.Config:
 
 
 def run(config: train.Config, **options) -> list[dict[str, float]]:
-    return train.train(config, progress=helpers.silent, **options)
+    return train.train(config, progress=silent, **options)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -212,7 +212,7 @@ PLAIN = {
 @pytest.fixture(scope="module")
 def plain(data, tmp_path_factory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("plain")
-    with helpers.threads(1):
+    with threads(1):
         run(make(data, folder, **PLAIN))
     return weights(folder)
 
@@ -326,7 +326,7 @@ RESUMED = {"save_every": 2, "drop_path": 0.3, "auto_augment": "rand-m9-mstd0.5-i
 def whole(data, tmp_path_factory) -> Path:
     """The folder of a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    with helpers.threads(1):
+    with threads(1):
         run(make(data, folder, **RESUMED))
     return folder
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import F16, normal, serving
+from forced_providers import serving
+from inputs import F16, normal
 from torch.utils import deterministic
 
 import psvit_kernels as pk

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, normal
+from inputs import BF16, F16, F32, F64, normal
 
 import psvit_kernels as pk
 from psvit_kernels.triton import interpreting, provider

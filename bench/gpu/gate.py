@@ -1,13 +1,13 @@
 """Correctness before speed: the project's bar, on the device, on the inputs that are timed.
 
-The bar itself is that of the tests (``tests/helpers.py``): per element at most twice eager's error
+The bar itself is that of the tests (``tests/accuracy.py``): per element at most twice eager's error
 in the same dtype plus a floor of rounding. Oracles in float64 are made for a few batches at a
 time, which keeps their memory small.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import sys
 import warnings
@@ -41,7 +41,7 @@ class Error:
 @dataclass(frozen=True)
 class Oracle:
     """What results of some batches should be, what eager PyTorch makes of the same inputs, and
-    the magnitudes of which errors are fractions (see ``tests/helpers.py``)."""
+    the magnitudes of which errors are fractions (see ``tests/accuracy.py``)."""
 
     exact: Results
     eager: Results
@@ -83,7 +83,7 @@ def hold(runs: Sequence[Results], oracle: Callable[[slice], Oracle], step: int) 
 
 
 def _worse(error: Error, got: Results, oracle: Oracle) -> Error:
-    helpers().assert_all_accurate(got, oracle.exact, oracle.eager, oracle.magnitude)
+    of_tests("accuracy").assert_all_accurate(got, oracle.exact, oracle.eager, oracle.magnitude)
     return Error(
         max(error.psvit, _largest(got, oracle.exact)),
         max(error.eager, _largest(oracle.eager, oracle.exact)),
@@ -116,14 +116,9 @@ def nan_in_fresh_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
-def helpers() -> ModuleType:
-    """``tests/helpers.py`` of this checkout."""
-    if "helpers" not in sys.modules:
-        file = Path(__file__).resolve().parents[2] / "tests" / "helpers.py"
-        sys.path.append(str(file.parent))  # of what it imports
-        spec = importlib.util.spec_from_file_location("helpers", file)
-        assert spec is not None and spec.loader is not None
-        module: Any = importlib.util.module_from_spec(spec)
-        sys.modules["helpers"] = module  # its classes look themselves up there
-        spec.loader.exec_module(module)
-    return sys.modules["helpers"]
+def of_tests(name: str) -> ModuleType:
+    """``tests/NAME.py`` of this checkout."""
+    folder = str(Path(__file__).resolve().parents[2] / "tests")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)

@@ -194,9 +194,9 @@ def _wide(stored: AttentionMap, part: slice) -> tuple[AttentionMap, Tensor]:
 
 def _attention_magnitudes(qkv: QKV) -> gate.Results:
     """Of the output and the map; the gradients that come with them are of no use here."""
-    helpers = gate.helpers()
+    cases = gate.of_tests("attention_cases")
     with torch.enable_grad():
-        return helpers.attention_magnitudes(helpers.AttentionCase(*qkv, torch.zeros_like(qkv[2])))
+        return cases.attention_magnitudes(cases.AttentionCase(*qkv, torch.zeros_like(qkv[2])))
 
 
 def _automatic(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
@@ -311,10 +311,10 @@ def _group_subject(form: str, groups: Sequence[_Group]) -> Subject:
         some, wide = groups[0].part(part), groups[0].part(part, torch.float64)
         with use("reference"):
             exact = wide.run(layers)
-        helpers = gate.helpers()
+        cases = gate.of_tests("attention_cases")
         inputs = dict(zip(("q", "k", "v", *names[-SHARING:]), some.tensors, strict=True))
         tensors = {name.removeprefix("d"): t for name, t in inputs.items()}
-        magnitudes = helpers.group_magnitudes(helpers.GroupCase(tensors, some.grads, form))
+        magnitudes = cases.group_magnitudes(cases.GroupCase(tensors, some.grads, form))
         return Oracle(named(exact), named(some.run(eager_group)), magnitudes)
 
     b, h, n, _ = groups[0].tensors[0].shape
@@ -345,7 +345,7 @@ def _group_baseline(name: str, groups: Sequence[_Group]) -> Contender:
 
 
 def _pool_work(case: Case, pooling: str, dtype: torch.dtype, sets: int, device: str) -> Work:
-    helpers = gate.helpers()
+    cases = gate.of_tests("pool_cases")
     b, side, channels = case.shape
     random = partial(torch.randn, dtype=dtype, device=device)
     options = {"prefix": 1, "kind": pooling, "kernel": 3, "stride": 2, "padding": 1}
@@ -358,7 +358,7 @@ def _pool_work(case: Case, pooling: str, dtype: torch.dtype, sets: int, device: 
     grid = (side, side)
 
     def eager(x: Tensor) -> Tensor:
-        return helpers.eager_pool(x, grid, **options, groups=groups, dims=2, **tensors)[0]
+        return cases.eager_pool(x, grid, **options, groups=groups, dims=2, **tensors)[0]
 
     def psvit(x: Tensor) -> Tensor:
         return token_pool(x, grid, **options, groups=groups, **tensors)[0]  # type: ignore[arg-type]
@@ -369,9 +369,9 @@ def _pool_work(case: Case, pooling: str, dtype: torch.dtype, sets: int, device: 
         with use("reference"):
             exact, _ = token_pool(x.double(), grid, **options, groups=groups, **wide)  # type: ignore[arg-type]
         described = options | {"groups": groups, "dims": 2}
-        case = helpers.PoolCase(x, grid, torch.zeros_like(exact, dtype=dtype), described, tensors)
+        case = cases.PoolCase(x, grid, torch.zeros_like(exact, dtype=dtype), described, tensors)
         with torch.enable_grad():
-            magnitude = helpers.pool_magnitudes(case)["out"]
+            magnitude = cases.pool_magnitudes(case)["out"]
         return Oracle({"out": exact}, {"out": eager(x)}, {"out": magnitude.detach()})
 
     calls = [partial(psvit, x) for x in inputs]
