@@ -72,7 +72,9 @@ def test_layer_costs_come_from_differences_of_whole_models():
         ]
         return 6.0 + sum(true[kind][stage] for kind, stage in layers)
 
-    costs = LayerCosts.from_totals(6, total)
+    asked: list[psvit.Schedule] = []
+    costs = LayerCosts.from_totals(6, lambda schedule: asked.append(schedule) or total(schedule))
+    assert len(asked) == len(set(asked)) == 6
     for text in ("AAAAAA", "ASSAAS", "AS|ASA|A", "A|AAAAS"):
         schedule = psvit.Schedule(text)
         want = total(schedule) / total(psvit.Schedule("AAAAAA"))
@@ -139,9 +141,11 @@ def test_latency_is_measured_for_each_kind_of_layer_in_each_stage(model, images)
     assert all(np.isfinite((*found.attends, *found.shares)))
 
 
-def test_too_few_images_are_refused(model, images):
+@pytest.mark.parametrize("budget", ["flops<=0.8", "latency<=0.8"])
+def test_too_few_images_are_refused_before_anything_is_measured(model, images, budget, monkeypatch):
+    monkeypatch.setattr(run, "latency", lambda *args: pytest.fail("measured"))
     with pytest.raises(ValueError, match=r"^images: got 3, expected at least"):
-        plan(model, images[:3], "flops<=0.8", progress=silent)
+        plan(model, images[:3], budget, progress=silent)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,32 +66,32 @@ class LayerCosts:
 
         Args:
             depth: number of layers.
-            total: the cost of a model with a schedule, in any unit.
+            total: the cost of a model with a schedule, in any unit; asked once for each.
         """
-        plain = total(Schedule(ATTEND * depth))
+        probes = _probes(depth)
+        totals = [(total(attending), total(sharing)) for attending, sharing in probes]
+        plain = totals[0][0]
         attends: list[float] = []
         shares: list[float] = []
-        for stage in range(stages_of(depth)):
-            pooled, shared = _probes(depth, stage)
-            before = attends[:stage]  # one layer stands before each pool
-            rest = total(pooled) / plain - sum(before)
-            attends.append(rest / (depth - stage))
-            saved = (total(pooled) - total(shared)) / plain / shared.shared
+        for stage, (attending, sharing) in enumerate(totals):
+            before = sum(attends)  # one layer stands before each pool
+            attends.append((attending / plain - before) / (depth - stage))
+            saved = (attending - sharing) / plain / probes[stage][1].shared
             shares.append(attends[-1] - saved)
         return cls(tuple(attends), tuple(shares))
 
 
-def stages_of(depth: int) -> int:
-    """Stages whose costs are told apart: up to two pools, where there are layers for them."""
-    return min(3, depth - 1)
+def _probes(depth: int) -> list[tuple[Schedule, Schedule]]:
+    """For each stage whose costs are told apart: every layer attends; every second one shares.
 
-
-def _probes(depth: int, stage: int) -> tuple[Schedule, Schedule]:
-    """Pooled so often as early as can be: every layer attends; every second one shares."""
-    rest = depth - stage
-    start = f"{ATTEND}{POOL}" * stage
-    shared = ((ATTEND + SHARE) * rest)[:rest]
-    return Schedule(start + ATTEND * rest), Schedule(start + shared)
+    Up to two pools, where there are layers for them, stand as early as can be.
+    """
+    found = []
+    for stage in range(min(3, depth - 1)):
+        start, rest = f"{ATTEND}{POOL}" * stage, depth - stage
+        sharing = ((ATTEND + SHARE) * rest)[:rest]
+        found.append((Schedule(start + ATTEND * rest), Schedule(start + sharing)))
+    return found
 
 
 def flops(model: nn.Module, how: Conversion, depth: int) -> LayerCosts:
@@ -109,13 +110,9 @@ def latency(
 
     The device is that of the model.
     """
-    schedules = {Schedule(ATTEND * depth)}
-    for stage in range(stages_of(depth)):
-        schedules |= {*_probes(depth, stage)}
-    models = {schedule: how.apply(model, schedule) for schedule in schedules}
     calls = {
-        schedule: waiting(partial(converted, images), images.device)
-        for schedule, converted in models.items()
+        schedule: waiting(partial(how.apply(model, schedule), images), images.device)
+        for schedule in itertools.chain.from_iterable(_probes(depth))
     }
     times = interleaved(calls, seconds=seconds)
     return LayerCosts.from_totals(depth, lambda schedule: times[schedule].median)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -71,11 +71,11 @@ def plan(
     wanted = Budget.parse(budget)
     how = Conversion(pool, dims, size_bias)
     depth = len(adapters.find(model).layers)
+    planner = Planner(model, images, how, progress)
     if wanted.measure == "latency":
         costs = latency(model, how, depth, images[:latency_batch])
     else:
         costs = flops(model, how, depth)
-    planner = Planner(model, images, how, progress)
     losses = planner.losses(depth, pools=pools, longest=longest)
     found = front(depth, losses, costs, pools=pools)
     if wanted.measure == "top1_agreement":
@@ -202,6 +202,4 @@ def _pooled(depth: int, place: int) -> Schedule:
 
 def _silent(title: str, total: float) -> AbstractContextManager[Any]:
     """A progress bar that isn't shown: the one around it is."""
-    from contextlib import nullcontext
-
     return nullcontext(lambda part=1.0: None)
