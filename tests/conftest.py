@@ -14,7 +14,9 @@ import torch
 from torch.utils import deterministic
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("accuracy", "attention_cases", "hosts", "pool_cases")
+pytest.register_assert_rewrite(
+    "accuracy", "attention_cases", "hosts", "pool_cases", "training_runs"
+)
 
 import building  # noqa: E402
 import hosts  # noqa: E402

@@ -1,29 +1,21 @@
-"""Training runs: what they write, survive, refuse, and that their parts take part."""
+"""Training runs: what they write and refuse, and that their parts take part."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
-import re
-import resource
-import signal
-import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from surroundings import silent, threads
+from surroundings import threads
 
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 pytest.importorskip("yaml")
 
-import numpy as np
-from safetensors.torch import load_file
+from training_runs import SMALL, assert_same, four_classes, make, run, started, weights
 
 import psvit
 from psvit import checkpoint, train
@@ -31,74 +23,10 @@ from psvit.train import loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = {
-    "model": "psvit",
-    "schedule": "AS|A",
-    "widths": [16, 32],
-    "model_args": {"patch_size": 1, "head_dim": 16, "mlp_ratio": 1},
-    "epochs": 2,
-    "batch": 8,
-    "warmup_epochs": 0,
-    "workers": 0,
-    "tensorboard": False,
-    "ema": 0.9,
-    "auto_augment": None,
-}
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Forty images of 8 x 8; four classes: bright above or below, in red or in blue."""
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", 40), ("test", 17)):
-        labels = np.arange(count) % 4
-        images = rng.integers(0, 60, (count, 8, 8, 3), dtype=np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            half, colour = divmod(int(label), 2)
-            image[4 * half : 4 * half + 4, :, 2 * colour] += 180
-        arrays |= {f"x_{part}": images, f"y_{part}": labels}
-    path = tmp_path_factory.mktemp("data") / "four.npz"
-    np.savez(path, **arrays)
-    return path
-
-
-def make(npz: Path, folder: Path, **changes) -> train.Config:
-    return train.Config(**{**SMALL, "data": str(npz), "output": str(folder), **changes})
-
-
-def run(config: train.Config, **options) -> list[dict[str, float]]:
-    return train.train(config, progress=silent, **options)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same(folder: Path, other: Path) -> None:
-    """The same checkpoint, bit for bit: weights, averaged weights, optimiser, position."""
-    states = [checkpoint.load(path, "training run") for path in (folder, other)]
-    for state in states:
-        del state["config"]["output"]
-        for row in state["history"]:
-            del row["seconds"], row["images_per_second"]
-    leaves, others = (dict(_leaves(state)) for state in states)
-    assert leaves.keys() == others.keys()
-    for name, value in leaves.items():
-        if isinstance(value, torch.Tensor):
-            difference = (value.double() - others[name].double()).abs().max()
-            assert torch.equal(value, others[name]), f"{name}: differs by up to {difference}"
-        else:
-            assert value == others[name], f"{name}: {value} and {others[name]}"
-
-
-def _leaves(value, name=""):
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, child in pairs:
-        if isinstance(child, (dict, list, tuple)):
-            yield from _leaves(child, f"{name}/{key}")
-        else:
-            yield f"{name}/{key}", child
+    return four_classes(tmp_path_factory.mktemp("data"))
 
 
 # --- what a run is ------------------------------------------------------------------------------
@@ -284,161 +212,6 @@ def test_the_distillation_loss_is_deits(data):
     torch.testing.assert_close(learner(x, y).double(), want, rtol=1e-5, atol=1e-6)
 
 
-# --- stopping and going on ----------------------------------------------------------------------
-
-
-class Stop(Exception):
-    pass
-
-
-@contextmanager
-def stopping(steps: int, monkeypatch):
-    """The run stops after so many steps, between two of them."""
-    update = loop.Run.update
-    count = 0
-
-    def counted(self, *args):
-        nonlocal count
-        if count == steps:
-            raise Stop
-        count += 1
-        return update(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "update", counted)
-        yield
-
-
-@pytest.mark.parametrize("steps", [2, 5, 8, 9])
-def test_a_resumed_run_ends_with_the_same_bits(data, tmp_path, monkeypatch, steps, whole):
-    """Five steps an epoch, a checkpoint every two: in an epoch, at its end, in the next."""
-    config = make(data, tmp_path, **RESUMED)
-    with stopping(steps, monkeypatch), pytest.raises(Stop):
-        run(config)
-    run(config, resume=True)
-    assert_same(tmp_path, whole)
-
-
-RESUMED = {"save_every": 2, "drop_path": 0.3, "auto_augment": "rand-m9-mstd0.5-inc1"}
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> Path:
-    """The folder of a run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    with threads(1):
-        run(make(data, folder, **RESUMED))
-    return folder
-
-
-def test_resuming_a_finished_run_changes_nothing(data, tmp_path, whole):
-    config = make(data, tmp_path, **RESUMED)
-    run(config)
-    (tmp_path / "metrics.jsonl").unlink()  # as if it was killed before it wrote that
-    assert len(run(config, resume=True)) == 2
-    assert_same(tmp_path, whole)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-#: A process that kills itself, as `kill -9` does, at a place that the test names.
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-from psvit import train
-from psvit import checkpoint
-from psvit.train import loop
-
-where, count = sys.argv[2], int(sys.argv[3])
-torch.set_num_threads(1)
-
-def killing(function):
-    def called(*args, **options):
-        global count
-        count -= 1
-        if count == 0 and where == "writing":  # half of the file is on the disk
-            function(*args, **options)
-            path = args[1].name
-            os.truncate(path, os.path.getsize(path) // 2)
-        if count == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **options)
-    return called
-
-if where == "epoch":
-    loop.Run.update = killing(loop.Run.update)
-else:
-    torch.save = killing(torch.save)
-config = train.Config.of(train.config.read_yaml(Path(sys.argv[1])))
-train.train(config)
-"""
-
-
-@pytest.mark.parametrize(("where", "count"), [("epoch", 8), ("writing", 3)])
-def test_a_run_killed_with_signal_9_goes_on_to_the_same_bits(data, tmp_path, where, count, whole):
-    """In the middle of the second epoch, and in the middle of its first checkpoint."""
-    import yaml
-
-    config = make(data, tmp_path / "run", **RESUMED)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "config.yaml"), where, str(count)]
-    done = started(command, tmp_path)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert checkpoint.load(tmp_path / "run", "training run")["epoch"] == (
-        1 if where == "epoch" else 0
-    )
-    left = list((tmp_path / "run").glob(".unfinished-*"))
-    assert bool(left) == (where == "writing")
-    run(config, resume=True)
-    assert_same(tmp_path / "run", whole)
-    assert not list((tmp_path / "run").glob(".unfinished-*"))
-
-
-def started(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a process that imports what this one does: elsewhere, as the sources lie here."""
-    paths = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=folder, timeout=240
-    )
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
-    data, tmp_path, monkeypatch
-):
-    config = make(data, tmp_path, **RESUMED)
-    update = loop.Run.update
-
-    def spoilt(self, images, targets):
-        if (self.epoch, self.step) == (1, 3):
-            images = images * float("nan")
-        return update(self, images, targets)
-
-    monkeypatch.setattr(loop.Run, "update", spoilt)
-    message = r"^loss is nan in epoch 2, step 4, a batch of 8 images: train image \d+ of .*four.npz"
-    with pytest.raises(train.LossError, match=message):
-        run(config)
-    state = checkpoint.load(tmp_path, "training run")
-    assert (state["epoch"], state["step"]) == (1, 2)
-    assert all(value.isfinite().all() for value in state["learner"].values())
-
-
-def test_a_full_disk_is_an_error_that_loses_nothing_older(data, tmp_path):
-    config = make(data, tmp_path, **RESUMED)
-    run(config)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    state = checkpoint.load(tmp_path, "training run")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["last.pt"]) // 2, limits[1]))
-        with pytest.raises(OSError, match="File too large"):
-            checkpoint.save(tmp_path, "training run", state)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
 # --- several processes --------------------------------------------------------------------------
 
 
@@ -515,37 +288,3 @@ def test_a_run_that_can_not_be_is_refused_before_anything_is_written(
 def test_cuda_is_refused_where_there_is_none(data, tmp_path):
     with pytest.raises(ValueError, match=r'^device: got "cuda", but PyTorch sees no CUDA device'):
         run(make(data, tmp_path / "run", device="cuda"))
-
-
-def test_a_folder_with_a_run_is_not_overwritten(data, tmp_path):
-    config = make(data, tmp_path, epochs=1)
-    run(config)
-    with pytest.raises(ValueError, match=f"^output: {re.escape(str(tmp_path))} holds a checkpoint"):
-        run(config)
-
-
-def test_resuming_with_another_config_lists_the_differences(data, tmp_path):
-    config = make(data, tmp_path, epochs=1)
-    run(config)
-    other = dataclasses.replace(config, epochs=3, lr=0.1, workers=1)
-    with pytest.raises(ValueError, match=r"config: epochs was 1, is 3; lr was None, is 0.1$"):
-        run(other, resume=True)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda path: path.unlink(), "no such checkpoint to go on from"),
-        (lambda path: os.truncate(path, path.stat().st_size // 2), "not a whole checkpoint"),
-        (lambda path: path.write_bytes(b""), "not a whole checkpoint"),
-        (lambda path: torch.save({"a": 1}, path), "not a checkpoint of psvit, or"),
-    ],
-    ids=["missing", "truncated", "empty", "foreign"],
-)
-def test_a_checkpoint_that_is_none_is_named(data, tmp_path, spoil, message, whole):
-    path = tmp_path / "last.pt"
-    path.write_bytes((whole / "last.pt").read_bytes())
-    spoil(path)
-    with pytest.raises(ValueError, match=message) as error:
-        run(make(data, tmp_path, **RESUMED), resume=True)
-    assert str(path) in str(error.value)
