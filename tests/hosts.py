@@ -49,6 +49,17 @@ def timm_vit(**options: Any) -> nn.Module:
     return randomised(timm.VisionTransformer(**(size | options)))
 
 
+def vit_of_pixels(
+    width: int = 64, heads: int = 2, grid: int = 8, depth: int = 2, **options: Any
+) -> Any:
+    """timm's, one token a pixel, with the weights that timm gives it."""
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    return timm.VisionTransformer(
+        img_size=grid, patch_size=1, in_chans=1, num_classes=3,
+        embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=1, **options,
+    )  # fmt: skip
+
+
 def timm_deit() -> nn.Module:
     timm = pytest.importorskip("timm.models.deit")
     return randomised(
