@@ -11,6 +11,7 @@ import torch
 from surroundings import silent, threads
 
 import psvit
+from psvit import latency_cache
 from psvit.planning import run
 from psvit.planning.budget import Budget
 from psvit.planning.costs import Conversion, LayerCosts, flops, latency
@@ -128,22 +129,42 @@ def test_agreement_as_budget_gives_a_plan_that_agrees(model, images):
 
 def test_a_latency_budget_is_kept(model, images, monkeypatch):
     measured = LayerCosts((0.25, 0.2, 0.1), (0.15, 0.1, 0.05))
-    monkeypatch.setattr(run, "latency", lambda *args: measured)
+    monkeypatch.setattr(run, "latency", lambda *args, **options: measured)
     found = plan(model, images, "latency<=0.8", progress=silent)
     assert found.found["cost"] == measured.of(found.schedule) <= 0.8
     assert found.found["budget"] == "latency<=0.8"
 
 
-def test_latency_is_measured_for_each_kind_of_layer_in_each_stage(model, images):
+def test_latency_is_measured_for_each_kind_of_layer_in_each_stage(model, images, cache_folder):
     found = latency(model, Conversion(), 4, images[:1], seconds=0.2)
     assert found.of(psvit.Schedule("AAAA")) == pytest.approx(1)
     assert len(found.attends) == len(found.shares) == 3
     assert all(np.isfinite((*found.attends, *found.shares)))
 
 
+@pytest.mark.parametrize("change", ["nothing", "weights", "heads", "batch", "pool", "dtype"])
+def test_latency_is_measured_again_where_it_may_be_another(
+    model, images, change, cache_folder, monkeypatch
+):
+    before = latency(model, Conversion(), 4, images[:1], seconds=0)
+    monkeypatch.setattr(latency_cache, "interleaved", lambda *args, **options: pytest.fail("again"))
+    other = {
+        "weights": hosts.timm_vit,
+        "heads": lambda: hosts.timm_vit(num_heads=2),
+        "dtype": lambda: hosts.timm_vit().double(),
+    }.get(change, lambda: model)()
+    same = images[: 2 if change == "batch" else 1].to(next(other.parameters()).dtype)
+    how = Conversion("avg" if change == "pool" else "stride")
+    if change in ("nothing", "weights"):
+        assert latency(other, how, 4, same) == before
+    else:
+        with pytest.raises(pytest.fail.Exception, match="again"):
+            latency(other, how, 4, same)
+
+
 @pytest.mark.parametrize("budget", ["flops<=0.8", "latency<=0.8"])
 def test_too_few_images_are_refused_before_anything_is_measured(model, images, budget, monkeypatch):
-    monkeypatch.setattr(run, "latency", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(run, "latency", lambda *args, **options: pytest.fail("measured"))
     with pytest.raises(ValueError, match=r"^images: got 3, expected at least"):
         plan(model, images[:3], budget, progress=silent)
 

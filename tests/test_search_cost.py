@@ -47,9 +47,9 @@ def test_the_table_has_exactly_the_parts_that_candidates_have(changes):
     assert set(listed) == needed
 
 
-def test_latency_is_the_sum_of_the_parts(tmp_path):
+def test_latency_is_the_sum_of_the_parts(cache_folder):
     space = small_space()
-    table = LatencyTable.measured(space, seconds=0, kept=tmp_path / "kept.json")
+    table = LatencyTable.measured(space, seconds=0)
     assert set(table.entries) == set(parts_of_all(space))
     assert all(ms > 0 for ms in table.entries.values())
     candidate = Candidate.of([Stage("ASS", 8), Stage("A", 16), Stage("AA", 24)])
@@ -64,29 +64,20 @@ def test_latency_is_the_sum_of_the_parts(tmp_path):
     assert table(candidate) == pytest.approx(sum(expected))
 
 
-def test_a_second_table_measures_nothing_new(tmp_path, monkeypatch):
-    kept = tmp_path / "folder" / "kept.json"
-    first = LatencyTable.measured(small_space(), seconds=0, kept=kept)
+def test_a_second_table_measures_nothing_new(cache_folder, monkeypatch):
+    first = LatencyTable.measured(small_space(), seconds=0)
 
     def never(*args, **options):
         pytest.fail("measured again")
 
-    monkeypatch.setattr("psvit.search.latency.interleaved", never)
-    assert LatencyTable.measured(small_space(), kept=kept).entries == first.entries
+    monkeypatch.setattr("psvit.latency_cache.interleaved", never)
+    assert LatencyTable.measured(small_space()).entries == first.entries
     smaller = small_space(depths=((1,), (1,), (2,)))
-    assert LatencyTable.measured(smaller, kept=kept).entries.items() <= first.entries.items()
+    assert LatencyTable.measured(smaller).entries.items() <= first.entries.items()
     with pytest.raises(pytest.fail.Exception):
-        LatencyTable.measured(small_space(mlp_ratio=4.0), kept=kept)
+        LatencyTable.measured(small_space(mlp_ratio=4.0))
     with pytest.raises(pytest.fail.Exception):
-        LatencyTable.measured(small_space(), batch=2, kept=kept)
-
-
-def test_a_damaged_file_of_latencies_is_measured_again(tmp_path):
-    kept = tmp_path / "kept.json"
-    kept.write_text('{"cpu": {"embed')
-    with pytest.warns(UserWarning, match="no JSON; its latencies are measured again"):
-        LatencyTable.measured(small_space(), seconds=0, kept=kept)
-    assert json.loads(kept.read_text())
+        LatencyTable.measured(small_space(), batch=2)
 
 
 @pytest.mark.parametrize(

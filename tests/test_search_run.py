@@ -14,7 +14,7 @@ import pytest
 import torch
 from surroundings import silent
 
-from psvit import Schedule, cli, timing
+from psvit import Schedule, cli, latency_cache, timing
 
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
@@ -22,7 +22,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("safetensors")
 
-from psvit.search import latency
 from psvit.search.data import held_out_data
 from psvit.search.pareto import Score, front
 from psvit.search.run import Search, Settings
@@ -175,7 +174,7 @@ def test_latency_as_the_limit(tmp_path, monkeypatch):
         measured.extend(functions)
         return timing.interleaved(functions, seconds=0)
 
-    monkeypatch.setattr(latency, "interleaved", quick)
+    monkeypatch.setattr(latency_cache, "interleaved", quick)
     settings = replace(SETTINGS, limit="latency<=1", control=False)
     first = search(tmp_path / "a", settings)
     results = first.run()

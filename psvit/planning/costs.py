@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate
 from ..cost import layer_costs
+from ..latency_cache import medians
 from ..pooling import Kind
 from ..schedule import ATTEND, POOL, SHARE, Schedule
-from ..timing import interleaved, waiting
+from ..timing import waiting
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,38 @@ def flops(model: nn.Module, how: Conversion, depth: int) -> LayerCosts:
 
 
 def latency(
-    model: nn.Module, how: Conversion, depth: int, images: Tensor, *, seconds: float = 10.0
+    model: nn.Module,
+    how: Conversion,
+    depth: int,
+    images: Tensor,
+    *,
+    seconds: float = 10.0,
+    step: Callable[[float], object] = lambda part: None,
 ) -> LayerCosts:
-    """Measured here, on these images as one batch, the models in turn; medians.
+    """Measured on this machine once, on these images as one batch, the models in turn; medians.
 
-    The device is that of the model.
+    Args:
+        model, how, depth: the model, how it is converted, and its number of layers.
+        images: `(B, channels, height, width)`, on the device of the model.
+        seconds: of measuring, about.
+        step: called with the part of the work done, for a progress bar.
     """
-    calls = {
-        schedule: waiting(partial(how.apply(model, schedule), images), images.device)
-        for schedule in itertools.chain.from_iterable(_probes(depth))
-    }
-    times = interleaved(calls, seconds=seconds)
-    return LayerCosts.from_totals(depth, lambda schedule: times[schedule].median)
+    work = f"{how}, {_digest(how.apply(model, Schedule(ATTEND * depth)), images)}"
+
+    def label(schedule: Schedule) -> str:
+        return f"{schedule}, {work}"
+
+    def probe(schedule: Schedule) -> Callable[[], object]:
+        return waiting(partial(how.apply(model, schedule), images), images.device)
+
+    schedules = itertools.chain.from_iterable(_probes(depth))
+    probes = {label(schedule): partial(probe, schedule) for schedule in schedules}
+    times = medians(probes, images.device, seconds=seconds, step=step)
+    return LayerCosts.from_totals(depth, lambda schedule: times[label(schedule)])
+
+
+def _digest(model: nn.Module, images: Tensor) -> str:
+    """Of what a model's latency depends on: its parts with their shapes and dtypes, no values."""
+    weights = [(name, x.shape, x.dtype) for name, x in model.state_dict().items()]
+    parts = hashlib.sha256(f"{model} {weights}".encode()).hexdigest()[:16]
+    return f"{type(model).__name__} {parts}, images {tuple(images.shape)}, {images.dtype}"

@@ -73,7 +73,8 @@ def plan(
     depth = len(adapters.find(model).layers)
     planner = Planner(model, images, how, progress)
     if wanted.measure == "latency":
-        costs = latency(model, how, depth, images[:latency_batch])
+        with progress("measuring latencies", 1) as step:
+            costs = latency(model, how, depth, images[:latency_batch], step=step)
     else:
         costs = flops(model, how, depth)
     losses = planner.losses(depth, pools=pools, longest=longest)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-import psvit_kernels
-from psvit_kernels.probe import cache_file, device_key
-
 from ..attention import MapSlot
-from ..files import whole_file
+from ..latency_cache import medians
 from ..schedule import POOL, Schedule
-from ..timing import interleaved, waiting
+from ..timing import waiting
 from .space import Candidate, SearchSpace
 
 Name = Literal["embedding", "attends", "donates", "shares", "pool", "head"]
@@ -102,49 +97,25 @@ class LatencyTable:
         batch: int = 1,
         device: torch.device | str = "cpu",
         seconds: float = 10.0,
-        kept: Path | None = None,
         step: Callable[[float], object] = lambda part: None,
     ) -> LatencyTable:
-        """The table that a space needs, in float32; what is kept from earlier isn't measured again.
+        """The table that a space needs, in float32; parts measured earlier aren't measured again.
 
         Args:
             batch: images in each call.
             device: "cpu", with as many threads as PyTorch has now, or "cuda".
             seconds: of measuring, about.
-            kept: the JSON file that keeps the entries by device, PyTorch's version, threads,
-                kernels and batch. None: ``psvit/latency.json`` in the user's cache folder.
             step: called with the part of the work done, for a progress bar.
         """
-        place = cache_file().with_name("latency.json") if kept is None else kept
         device = torch.device(device)
-        key = f"{device_key(device)}, float32, batch {batch}, kernels {_kernels()}"
-        content = _read(place)
-        known = content.get(key, {})
-        labels = {part: _label(space, part) for part in parts_of_all(space)}
-        missing = {part: label for part, label in labels.items() if label not in known}
-        probes = {label: _probe(space, part, batch, device) for part, label in missing.items()}
-        if probes:
-            times = interleaved(probes, seconds=seconds, step=step)
-            known |= {label: time.median for label, time in times.items()}
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(place) as file:
-                file.write_text(json.dumps({**content, key: known}, indent=1), encoding="utf-8")
-        return cls({part: known[label] for part, label in labels.items()})
-
-
-def _kernels() -> str:
-    ready = [name for name, missing in psvit_kernels.providers().items() if missing is None]
-    return " ".join(ready)
-
-
-def _read(place: Path) -> dict[str, dict[str, float]]:
-    try:
-        return json.loads(place.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        warnings.warn(f"{place}: no JSON; its latencies are measured again", stacklevel=3)
-        return {}
+        labels = {
+            part: f"{_label(space, part)}, float32, batch {batch}" for part in parts_of_all(space)
+        }
+        probes = {
+            label: partial(_probe, space, part, batch, device) for part, label in labels.items()
+        }
+        found = medians(probes, device, seconds=seconds, step=step)
+        return cls({part: found[label] for part, label in labels.items()})
 
 
 # --- measuring ------------------------------------------------------------------------------
