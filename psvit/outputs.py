@@ -1,4 +1,4 @@
-"""What a model's outputs are, whichever library it is from."""
+"""What a model's outputs are, whichever library it is from, and how far apart those of two are."""
 
 from __future__ import annotations
 
