@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from forced_providers import skip_unless_available
 from torch import Tensor, nn
+
+import psvit_kernels as pk
 
 Case = tuple[str, Callable[[], nn.Module]]
 
@@ -146,6 +149,18 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
     (out * weights).sum().backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_compiled_is_reference(model: nn.Module, x: Tensor) -> None:
+    """Outputs and gradients of the CPU's kernels are those of the reference."""
+    __tracebackhide__ = True
+    skip_unless_available("cpu")
+    with pk.use("cpu"):
+        got, got_gradients = answer(model, x), gradients(model, x)
+    with pk.use("reference"):
+        want, want_gradients = answer(model, x), gradients(model, x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert_same_gradients(got_gradients, want_gradients, rtol=1e-3, atol=1e-3)
 
 
 def assert_same_gradients(

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from forced_providers import skip_unless_available
 
 import psvit
-import psvit_kernels as pk
 from psvit import Layout
 from psvit.pooling import GridPool
 
@@ -136,16 +134,9 @@ def test_sharing_and_pooling_are_what_a_naive_implementation_gives(make, schedul
 @hosts.cases(hosts.TIMM)
 @pytest.mark.parametrize(("training", "pool"), [(False, "max"), (True, "conv")])
 def test_the_compiled_kernels_give_what_the_reference_gives(make, training, pool):
-    skip_unless_available("cpu")
     host = make()
     model = psvit.accelerate(host, "AS|AS", pool=pool, size_bias=True).train(training)
-    x = images_for(host)
-    with pk.use("cpu"):
-        got, got_gradients = model(x), hosts.gradients(model, x)
-    with pk.use("reference"):
-        want, want_gradients = model(x), hosts.gradients(model, x)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    hosts.assert_same_gradients(got_gradients, want_gradients, rtol=1e-3, atol=1e-3)
+    hosts.assert_compiled_is_reference(model, images_for(host))
 
 
 # --- state dicts and restoring ------------------------------------------------------------------

@@ -8,10 +8,8 @@ import pickle
 import hosts
 import pytest
 import torch
-from forced_providers import skip_unless_available
 
 import psvit
-import psvit_kernels as pk
 
 hub = pytest.importorskip("transformers")
 
@@ -40,15 +38,8 @@ def test_attending_everywhere_gives_the_hosts_outputs(make):
 
 @hosts.cases(hosts.HUB)
 def test_the_compiled_kernels_give_what_the_reference_gives(make):
-    skip_unless_available("cpu")
     model = psvit.accelerate(make(), "AS|AS", pool="avg", size_bias=True).train()
-    x = hosts.images()
-    with pk.use("cpu"):
-        got, got_gradients = hosts.answer(model, x), hosts.gradients(model, x)
-    with pk.use("reference"):
-        want, want_gradients = hosts.answer(model, x), hosts.gradients(model, x)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    hosts.assert_same_gradients(got_gradients, want_gradients, rtol=1e-3, atol=1e-3)
+    hosts.assert_compiled_is_reference(model, hosts.images())
 
 
 @hosts.cases(hosts.HUB)

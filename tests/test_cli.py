@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from surroundings import DATA
 
 from psvit import cli
 from psvit.commands import common, models
@@ -25,7 +26,6 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DATA = Path(os.environ.get("PSVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 WEIGHTS = DATA / "vit_tiny_patch16_224" / "model.safetensors"
 needs_data = pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"no data in {DATA.name}: PSVIT_DATA")
 

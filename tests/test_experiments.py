@@ -21,7 +21,7 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from test_models import plain
+from psvits import plain
 
 from psvit import cli
 from psvit.experiments import runs, shapes

@@ -6,18 +6,13 @@ import json
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from forced_providers import CUDA_DEVICE
+from gpu_sessions import RATES, Ended, HostClock, Lost, run, spoilt, states, stored
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # last: psvit is the installed one
-
-from forced_providers import CUDA_DEVICE  # noqa: E402
-from gpu_sessions import RATES, Ended, HostClock, Lost, run, spoilt, states, stored  # noqa: E402
-
-from bench.gpu import (  # noqa: E402
+from bench.gpu import (
     command,
     network,
     providers,
@@ -27,8 +22,8 @@ from bench.gpu import (  # noqa: E402
     session,
     trial,
 )
-from bench.gpu.rows import Bar, Case  # noqa: E402
-from psvit_kernels import cuda, registry  # noqa: E402
+from bench.gpu.rows import Bar, Case
+from psvit_kernels import cuda, registry
 
 
 def both_families(*forms: str, bars: tuple[Bar, ...] = ()) -> rows.Rows:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
+from gpu_sessions import RATES, ROOT, shown
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # last: psvit is the installed one
-
-from gpu_sessions import RATES, shown  # noqa: E402
-
-from bench.gpu import (  # noqa: E402
+from bench.gpu import (
     report,
     rows,
     session,
 )
-from bench.gpu.rows import Bar, Case  # noqa: E402
+from bench.gpu.rows import Bar, Case
 
 
 def reach() -> dict[str, list[str]]:

@@ -13,13 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_sessions import (
+    BESIDE,
+    ROOT,
+    TINY,
+    Ended,
+    HostClock,
+    Lost,
+    run,
+    shown,
+    spoilt,
+    states,
+    stored,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # last: psvit is the installed one
-
-from gpu_sessions import BESIDE, TINY, Ended, HostClock, Lost, run, shown, spoilt, states, stored  # noqa: E402
-
-from bench.gpu import (  # noqa: E402
+from bench.gpu import (
     clock,
     command,
     gate,
@@ -28,7 +36,7 @@ from bench.gpu import (  # noqa: E402
     session,
     work,
 )
-from bench.gpu.rows import Bar, Case  # noqa: E402
+from bench.gpu.rows import Bar, Case
 
 # --- a session ------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.machinery
 import io
-import os
 import shutil
 import struct
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from image_sources import STRONG, gathered, pixels, write_pets
+from surroundings import DATA
 
 from psvit.digits import Digits
 from psvit.train.data import Loading, test_batches, train_batches
@@ -26,7 +26,6 @@ pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
-DATA = Path(os.environ.get("PSVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CIFAR = DATA / "cifar10"
 
 
