@@ -6,7 +6,7 @@ import building
 import emulated
 import pytest
 
-EMULATOR = "tests/cuda/emulator.cpp"
+EMULATOR = ("tests/cuda/emulator.cpp", "tests/cuda/halves.cpp")
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +16,8 @@ def compiler():
 
 
 def test_computes_what_the_ptx_isa_says(tmp_path):
-    emulated.run_program("emulator", tmp_path, EMULATOR)
+    emulated.run_program("emulator", tmp_path, *EMULATOR)
 
 
 def test_finds_faults_and_none_where_there_is_none(tmp_path):
-    emulated.run_program("emulator_faults", tmp_path, EMULATOR)
+    emulated.run_program("emulator_faults", tmp_path, *EMULATOR)
