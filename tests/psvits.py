@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+pytest.importorskip("timm")
+
 import psvit
 from psvit.models.pool import StagePool
 

@@ -1,11 +1,13 @@
-"""What surrounds a test: data, threads, progress, the rates of a machine."""
+"""What surrounds a test: data, threads, progress, Ctrl-C, the rates of a machine."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -30,3 +32,17 @@ def threads(count: int) -> Iterator[None]:
 def silent(title: str, total: float) -> Iterator[Callable[..., None]]:
     """Progress that nobody sees."""
     yield lambda part=1: None
+
+
+@contextmanager
+def interrupted(owner: type, method: str, after: int) -> Iterator[None]:
+    """Ctrl-C in place of one call of a method, after so many others."""
+    original, calls = getattr(owner, method), itertools.count()
+
+    def called(*args, **options):
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    with patch.object(owner, method, called):
+        yield

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+from image_sources import write_images
 from surroundings import threads
 
 pytest.importorskip("timm")
@@ -15,9 +15,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
 pytest.importorskip("PIL")
 
-import numpy as np
 import timm
-from PIL import Image
 from safetensors.torch import save_file
 
 from psvit import cli
@@ -40,18 +38,14 @@ def data(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(convert, "SECONDS", 0.1)
     convert.loaded.cache_clear()
     folder = tmp_path / "data"
-    (folder / "imagenet_val").mkdir(parents=True)
+    write_images(folder / "imagenet_val", 72, side=160)
     (folder / "test_vit").mkdir()
-    torch.manual_seed(0)
     save_file(timm.create_model("test_vit").state_dict(), folder / "test_vit/model.safetensors")
-    rng = np.random.default_rng(0)
     with open(folder / "imagenet_val/labels.csv", "w", newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(("file", "label"))
         for i in range(72):
-            pixels = rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "imagenet_val" / f"{i:02}.png")
-            rows.writerow((f"{i:02}.png", i))
+            rows.writerow((f"{i}.png", i))
     return folder
 
 

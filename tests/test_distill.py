@@ -7,7 +7,7 @@ import dataclasses
 import hosts
 import pytest
 import torch
-from surroundings import silent
+from surroundings import interrupted, silent
 
 import psvit
 from psvit.calibrate import calibrate
@@ -104,19 +104,9 @@ def test_changed_images_are_those_of_the_generator(images):
     assert float(a.abs().max()) <= float(images[:8].abs().max()) + 1e-5
 
 
-def test_a_stopped_distillation_ends_with_the_same_bits(model, images, tmp_path, monkeypatch):
+def test_a_stopped_distillation_ends_with_the_same_bits(model, images, tmp_path):
     whole = distill(model, planned(model), images, HOW, progress=silent)
-    update, count = Student.update, 0
-
-    def stopping(self):
-        nonlocal count
-        count += 1
-        if count == 5:
-            raise KeyboardInterrupt
-        update(self)
-
-    monkeypatch.setattr(Student, "update", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(Student, "update", after=4), pytest.raises(KeyboardInterrupt):
         distill(model, planned(model), images, HOW, output=tmp_path, progress=silent)
     again = distill(
         model, planned(model), images, HOW, output=tmp_path, resume=True, progress=silent

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_sources import write_images
 
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 pytest.importorskip("PIL")
 
-import numpy as np
 import timm
-from PIL import Image
 from safetensors.torch import save_file
 
 from psvit import cli
@@ -30,12 +29,8 @@ MODEL = "test_vit"
 def place(tmp_path_factory) -> Path:
     """A folder with photos and weights."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "photos").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        pixels = rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "photos" / f"{i:02}.png")
     torch.manual_seed(0)
+    write_images(folder / "photos", 40, side=160)
     save_file(timm.create_model(MODEL).state_dict(), folder / "vit.safetensors")
     return folder
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from surroundings import interrupted
 
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
@@ -75,17 +76,9 @@ def test_flags_win_over_the_file(folder, capsys):
     assert (written["epochs"], written["seed"], written["lr"]) == (1, 5, 1e-3)
 
 
-def test_resume_needs_no_more_than_the_folder(folder, capsys, monkeypatch):
-    update, steps = loop.Run.update, []
-
-    def interrupted(self, *args):
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return update(self, *args)
-
-    monkeypatch.setattr(loop.Run, "update", interrupted)
-    code, _, err = run(capsys, folder, *start(folder, "--epochs", "3"))
+def test_resume_needs_no_more_than_the_folder(folder, capsys):
+    with interrupted(loop.Run, "update", after=3):
+        code, _, err = run(capsys, folder, *start(folder, "--epochs", "3"))
     assert code == 130
     assert f"last.pt is whole: psvit train --resume --output {folder / 'out'}" in " ".join(
         err.split()

@@ -8,12 +8,11 @@ import re
 import resource
 import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from surroundings import threads
+from surroundings import interrupted, threads
 
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
@@ -44,33 +43,11 @@ def whole(data, tmp_path_factory) -> Path:
     return folder
 
 
-class Stop(Exception):
-    pass
-
-
-@contextmanager
-def stopping(steps: int, monkeypatch):
-    """The run stops after so many steps, between two of them."""
-    update = loop.Run.update
-    count = 0
-
-    def counted(self, *args):
-        nonlocal count
-        if count == steps:
-            raise Stop
-        count += 1
-        return update(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "update", counted)
-        yield
-
-
 @pytest.mark.parametrize("steps", [2, 5, 8, 9])
-def test_a_resumed_run_ends_with_the_same_bits(data, tmp_path, monkeypatch, steps, whole):
+def test_a_resumed_run_ends_with_the_same_bits(data, tmp_path, steps, whole):
     """Five steps an epoch, a checkpoint every two: in an epoch, at its end, in the next."""
     config = make(data, tmp_path, **RESUMED)
-    with stopping(steps, monkeypatch), pytest.raises(Stop):
+    with interrupted(loop.Run, "update", after=steps), pytest.raises(KeyboardInterrupt):
         run(config)
     run(config, resume=True)
     assert_same(tmp_path, whole)
