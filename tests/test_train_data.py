@@ -219,12 +219,20 @@ def test_pictures_are_mirrored_only_where_that_means_the_same(side, flip):
     assert bool(mirrored.any()) == flip, f"{int(mirrored.sum())} of 32 are mirrored"
 
 
-def test_large_images_are_cropped_to_parts_and_resized(tmp_path):
-    source = packed_source(count=8, side=96)
-    images, _ = gathered(train_batches(source, Loading((64, 80), 8), epoch=0))
-    assert images.shape == (8, 3, 64, 80)
-    small, _ = gathered(train_batches(source, Loading((32, 24), 8), epoch=0))
-    assert small.shape == (8, 3, 32, 24)
+def test_large_images_are_cropped_to_parts_and_resized():
+    """On images that brighten from 0 to 190 from left to right; small ones stay whole, moved."""
+    ramp = np.tile(2 * np.arange(96, dtype=np.uint8), (96, 1))
+    train = Packed(np.stack([ramp] * 24), np.zeros(24, int))
+    source = replace(packed_source(channels=1), train=train, mean=(0.0,), std=(1 / 255,))
+    large, small, narrow = (
+        gathered(train_batches(source, Loading(size, 24), epoch=0))[0]
+        for size in ((64, 80), (32, 32), (32, 24))
+    )
+    assert large.shape == (24, 1, 64, 80)
+    spans = large.amax((1, 2, 3)) - large.amin((1, 2, 3))
+    assert spans.min() < 100 < 150 < spans.max(), spans
+    assert small.shape == (24, 1, 32, 32) and narrow.shape == (24, 1, 32, 24)
+    assert small.amax((1, 2, 3)).min() > 190 * 3 / 4, small.amax((1, 2, 3))
 
 
 # --- corrupt images -------------------------------------------------------------------------
