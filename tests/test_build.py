@@ -208,6 +208,6 @@ def test_a_module_that_does_not_compile_is_left_out_loudly_unless_it_was_asked_f
         assert "is release 11.8, expected 12.5 or newer" in said
         assert "psvit_kernels._cuda IS LEFT OUT for the reason above" in said
     else:
-        with pytest.raises(setup.PlatformError):
+        with pytest.raises(setup.PlatformError, match=r"is release 11\.8, expected 12\.5 or newer"):
             command.build_extension(extension)
     assert not stale.exists()
