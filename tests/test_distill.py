@@ -104,6 +104,25 @@ def test_changed_images_are_those_of_the_generator(images):
     assert float(a.abs().max()) <= float(images[:8].abs().max()) + 1e-5
 
 
+def test_changed_images_are_cut_mirrored_and_mixed():
+    """On images of x, y and their own number, so that each pixel says where it comes from."""
+    n, side = 64, 16
+    axis = (torch.arange(side) + 0.5) / side
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    images = torch.stack([torch.stack([x, y, torch.full_like(x, i)]) for i in range(n)])
+    changed = augmented(images, torch.Generator().manual_seed(0))
+    number = changed[:, 2].mean((1, 2))
+    alone = (number - torch.arange(n)).abs() < 1e-4
+    assert n / 4 < alone.sum() < 3 * n / 4, f"{alone.sum()} of {n} aren't mixed"
+    inner = changed[alone, :2, 2:-2, 2:-2] * side  # where no edge is mirrored
+    across, down = inner[:, 0].diff(dim=-1), inner[:, 1].diff(dim=-2)
+    for steps in (across, down):  # of a pixel: how much of the image is kept
+        assert (steps - steps[:, :1, :1]).abs().max() < 1e-3
+        assert 0.6 - 1e-3 < steps.abs().min() < 0.7 < 0.9 < steps.abs().max() < 1 + 1e-3
+    mirrored = int((across[:, 0, 0] < 0).sum())
+    assert 0 < mirrored < len(across) and down.min() > 0, f"{mirrored} of {len(across)}"
+
+
 def test_a_stopped_distillation_ends_with_the_same_bits(model, images, tmp_path):
     whole = distill(model, planned(model), images, HOW, progress=silent)
     with interrupted(Student, "update", after=4), pytest.raises(KeyboardInterrupt):
