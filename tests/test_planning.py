@@ -16,7 +16,7 @@ from psvit import latency_cache
 from psvit.planning import run
 from psvit.planning.budget import Budget
 from psvit.planning.costs import Conversion, LayerCosts, flops, latency
-from psvit.planning.front import Losses, front
+from psvit.planning.front import Losses, Scored, front
 from psvit.planning.plan import Plan
 from psvit.planning.run import plan
 
@@ -92,6 +92,28 @@ def test_layer_costs_come_from_differences_of_whole_models():
 # --- plans --------------------------------------------------------------------------------------
 
 
+def front_of(made: Plan) -> list[Scored]:
+    """The front that the plan was chosen from, dearest first."""
+    groups = {(first, length): kl for first, length, kl in made.found["groups"]}
+    losses = Losses(groups, dict(made.found["pools"]))
+    return front(4, losses, LayerCosts(**made.found["costs"]), pools=1)
+
+
+def test_the_schedules_that_are_tried_are_those_that_should_lose_least(made):
+    fitting = [one for one in front_of(made) if one.cost <= 0.8]
+    best = sorted(fitting, key=lambda one: one.loss)[: run.TRIES]
+    assert len(fitting) > len(best)
+    assert [one["schedule"] for one in made.found["tried"]] == [one.schedule.text for one in best]
+
+
+def test_of_those_that_are_tried_the_one_that_loses_least_is_chosen(made, model, images):
+    planner = run.Planner(model, images, Conversion(), silent)
+    candidates = front_of(made)[::-1][:2]  # most is lost by the cheapest
+    chosen = planner.best(candidates)
+    losses = [one.score.kl for one in planner.tried]
+    assert chosen.predicted == candidates[1] and losses[1] < losses[0], losses
+
+
 def test_a_plan_keeps_its_budget_and_says_what_it_found(made, model):
     assert made.found["cost"] <= 0.8
     ratio = made.schedule.flops(model, pool="stride") / psvit.Schedule("AAAA").flops(model)
@@ -134,12 +156,9 @@ def test_agreement_as_budget_gives_a_plan_that_agrees(model, images):
         model.head.bias -= model(images).mean(0)  # so that not all images are of one class
     found = plan(model, images, "top1_agreement>=0.9", progress=silent)
     assert found.found["measured"]["agreement"] >= 0.9
-    about = found.found
-    agreements = {one["schedule"]: one["agreement"] for one in about["tried"]}
-    assert about["cost"] < 1 and agreements[found.schedule.text] >= 0.9
-    groups = {(first, length): kl for first, length, kl in about["groups"]}
-    losses = Losses(groups, dict(about["pools"]))
-    ordered = [one.schedule for one in front(4, losses, LayerCosts(**about["costs"]), pools=1)]
+    agreements = {one["schedule"]: one["agreement"] for one in found.found["tried"]}
+    assert found.found["cost"] < 1 and agreements[found.schedule.text] >= 0.9
+    ordered = [one.schedule for one in front_of(found)]
     cheaper = ordered[ordered.index(found.schedule) + 1]
     assert agreements[cheaper.text] < 0.9
 
