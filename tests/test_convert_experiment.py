@@ -29,6 +29,7 @@ def data(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(convert, "DEPTH", 6)
     monkeypatch.setattr(convert, "SHARED", (1, 2))
     monkeypatch.setattr(convert, "POOLED", (3,))
+    monkeypatch.setattr(convert, "BUDGETS", ("flops<=0.8",))
     monkeypatch.setattr(convert, "DISTILLED", ("2 share",))
     monkeypatch.setattr(convert, "FIT", slice(0, 64))
     monkeypatch.setattr(convert, "REPORT", slice(64, 72))
@@ -61,15 +62,18 @@ def test_the_experiment_has_a_row_for_each_model_and_keeps_finished_runs(data, t
     results = json.loads((tmp_path / "out/results.json").read_text())
     names = [row["name"] for row in results["rows"]]
     expected = ["original"]
-    for name in ("1 share", "2 share", "pooled before 3"):
+    for name in ("1 share", "2 share", "pooled before 3", "flops<=0.8"):
         expected += [name, f"{name}, naive"]
-    assert names == [*expected, "distil 2 share"]
+    expected.insert(expected.index("2 share, naive") + 1, "2 share, distilled")
+    assert names == expected
     rows = {row["name"]: row for row in results["rows"]}
     assert rows["original"]["agreement"]["mean"] == 1 and rows["original"]["flops"]["mean"] == 1
     assert rows["2 share"]["schedules"][0].count("S") == 2
     assert rows["2 share"]["schedules"] == rows["2 share, naive"]["schedules"]
     assert rows["pooled before 3"]["schedules"] == ["AAA|AAA"]
-    assert "distil 2 share" in shown
+    assert rows["flops<=0.8"]["flops"]["mean"] <= 0.8
+    assert rows["2 share"]["latency"]["8"]["mean"] > 0 and rows["2 share"]["seconds"]["mean"] > 0
+    assert all(word in shown for word in ("2 share", "distilled", "naive", "batch 8"))
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out/runs").iterdir()}
     assert run(data, tmp_path / "out", "--steps", "2") == 0
     assert kept == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out/runs").iterdir()}

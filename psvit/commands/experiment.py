@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument(
         "--patch", type=positive, metavar="N", help="pixels, 2 or 4 (default: 4; digits: 1)"
     )
-    shapes.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     shapes.add_argument(
         "--epochs", type=positive, metavar="N", help="of training (default: 100; digits: 12)"
     )
@@ -72,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--steps", type=int, default=300, metavar="N", help="of distillation (default: 300)"
     )
+    for one in (shapes, convert):
+        one.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     for one in (init, shapes, search):
         one.add_argument(
             "--processes", type=positive, metavar="N", help="at a time (default: 2; cuda: 1)"
@@ -297,34 +298,48 @@ def _show_search(results: Results) -> list[Any]:
 
 
 def _convert(args: argparse.Namespace) -> tuple[Results, Show]:
-    from ..experiments.convert import Settings
+    from ..experiments.convert import Settings, check
     from ..experiments.convert import run as run_experiment
 
-    settings = Settings(args.data, seeds=args.seeds, images=args.images, steps=args.steps)
+    settings = Settings(
+        args.data, seeds=args.seeds, images=args.images, steps=args.steps, device=args.device
+    )
     with bad_input():
-        settings.check()
-    with bad_input(), writing("--output"):
+        check(settings, args.output)
+    with writing("--output"):
         return run_experiment(settings, args.output), _convert_tables
 
 
 def _convert_tables(results: Results) -> list[Any]:
-    rows = [
-        (
-            row["name"],
-            row["schedules"][0] if len(set(row["schedules"])) == 1 else "differ",
-            _percent(row["accuracy"]),
-            _points(row["under"]),
-            _percent(row["agreement"]),
-            f"{row['flops']['mean']:.3f}",
-            f"{row['latency']['mean']:.3f}",
-        )
-        for row in results["rows"]
-    ]
-    header = ("", "schedule", "accuracy", "under", "agreement", "FLOPs", "latency")
+    batches = dict.fromkeys(b for row in results["rows"] for b in row.get("latency", ()))
+    header = ("", "schedule", "accuracy", "under", "agree", "FLOPs")
+    speeds = [f"latency,\nbatch {batch}" for batch in batches]
+    rows = [_convert_cells(row, batches) for row in results["rows"]]
     return [
-        table("ViT-Tiny, 900 images that nothing was fitted to", header, rows, left=2),
-        "under: points under the original; FLOPs, latency (batch 8): parts of the original's",
+        table(
+            f"ViT-Tiny, {results['report_images']} images that nothing was fitted to",
+            (*header, *speeds, "seconds"),
+            rows,
+            left=2,
+        ),
+        "naive: not corrected; under: points under the original; FLOPs, latency: parts of the "
+        "original's; seconds: of scoring, fitting and choosing, or of distillation",
     ]
+
+
+def _convert_cells(row: dict[str, Any], batches: Iterable[str]) -> tuple[str, ...]:
+    base, _, variant = row["name"].partition(", ")
+    speeds = row.get("latency", {})
+    return (
+        f"  {variant}" if variant else base,
+        row["schedules"][0] if len(set(row["schedules"])) == 1 else "differ",
+        _percent(row["accuracy"]),
+        _points(row["under"]),
+        f"{100 * row['agreement']['mean']:.1f}",
+        f"{row['flops']['mean']:.3f}",
+        *(f"{speeds[batch]['mean']:.3f}" if batch in speeds else "" for batch in batches),
+        f"{row['seconds']['mean']:.0f}" if "seconds" in row else "",
+    )
 
 
 EXPERIMENTS = {"init": _init, "shapes": _shapes, "search": _search, "convert": _convert}

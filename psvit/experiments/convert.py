@@ -6,9 +6,11 @@ distillation of some minutes.
 
 from __future__ import annotations
 
+import copy
 import csv
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,12 +23,13 @@ from ..console import progress as console_progress
 from ..distill import Distillation, distill
 from ..images import Preprocess, batches, read_labels
 from ..outputs import logits_of
+from ..planning.budget import Budget
 from ..planning.costs import Conversion, LayerCosts, flops
-from ..planning.front import Losses, Scored
+from ..planning.front import Losses, Scored, front
 from ..planning.plan import Plan
-from ..planning.run import TRIES, Planner
+from ..planning.run import TRIES, Planner, within
 from ..schedule import ATTEND, POOL, Schedule
-from ..timing import interleaved
+from ..timing import interleaved, waiting
 from ..weights import fill, read_state
 from .runs import Found, Progress, about, all_runs, check_folder, spread, write_json
 
@@ -37,10 +40,13 @@ FIT, REPORT = slice(0, 400), slice(400, 1300)
 LONGEST, SIDE = 3, 224
 #: Number of sharing layers, and the layers (from 0) before which tokens are pooled.
 SHARED, POOLED = (1, 3, 4, 6), (6, 7)
+#: What ``psvit.plan`` is asked for, sharing and pooling both allowed.
+BUDGETS = ("flops<=0.8", "flops<=0.6")
 #: What "two cores" means: other experiments run two processes of one thread each.
 THREADS = 2
-#: Spent on each latency.
+#: Spent on each latency, and the images of a call.
 SECONDS = 4.0
+BATCHES = {"cpu": (8,), "cuda": (1, 32, 256)}
 #: What learns after the closed form.
 DISTILLED = ("4 share", "6 share", "pooled before 6")
 
@@ -55,22 +61,14 @@ class Settings:
         seeds: random subsets of the images that may be fitted to.
         images: in each subset.
         steps: of each distillation; 0: none.
+        device: "cpu" or "cuda".
     """
 
     data: str
     seeds: int = 3
     images: int = 300
     steps: int = 300
-
-    def check(self) -> None:
-        """Raises ValueError for data that aren't there, or numbers that can't be."""
-        for file in (f"{NAME}/model.safetensors", "imagenet_val/labels.csv"):
-            if not (Path(self.data) / file).is_file():
-                raise ValueError(f"data: {self.data} has no {file}")
-        if not 64 <= self.images <= FIT.stop:
-            raise ValueError(f"images: got {self.images}, expected 64 to {FIT.stop}")
-        if self.steps < 0:
-            raise ValueError(f"steps: got {self.steps}, expected 0 or more")
+    device: str = "cpu"
 
     def common(self) -> dict[str, Any]:
         """What the runs in one folder have in common; where the data lie is nobody's affair."""
@@ -85,20 +83,41 @@ def run(settings: Settings, output: Path, progress: Progress = console_progress)
         original (0 to 1; mean and deviation over the seeds).
 
     Raises:
-        ValueError: a folder of results that were made otherwise.
+        ValueError: as ``check``.
         OSError: the data can't be read, the folder can't be written.
     """
     started = time.perf_counter()
+    check(settings, output)
     common = settings.common()
-    check_folder(output, common)
-    arms = ["closed form", *(f"distil {name}" for name in DISTILLED if settings.steps)]
+    arms = ["closed form", *(f"{name}, distilled" for name in DISTILLED if settings.steps)]
     learn = partial(_learn, settings, str(output))
-    found = all_runs(learn, arms, settings.seeds, output, common, 1, progress)
+    found = all_runs(learn, arms, settings.seeds, output, common, 1, progress, threads=THREADS)
     rows = _rows(found)
     seconds = round(time.perf_counter() - started, 1)
-    results = {**common, "rows": rows, "runs": found, "seconds": seconds}
+    results = {
+        **common,
+        "report_images": REPORT.stop - REPORT.start,
+        "rows": rows,
+        "runs": found,
+        "seconds": seconds,
+    }
     write_json(output / "results.json", results)
     return results
+
+
+def check(settings: Settings, output: Path) -> None:
+    """Raises ValueError for data that aren't there, settings that can't be, or a folder with runs
+    that were made otherwise."""
+    for file in (f"{NAME}/model.safetensors", "imagenet_val/labels.csv"):
+        if not (Path(settings.data) / file).is_file():
+            raise ValueError(f"data: {settings.data} has no {file}")
+    if not 64 <= settings.images <= FIT.stop:
+        raise ValueError(f"images: got {settings.images}, expected 64 to {FIT.stop}")
+    if settings.steps < 0:
+        raise ValueError(f"steps: got {settings.steps}, expected 0 or more")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, but PyTorch finds no GPU here")
+    check_folder(output, settings.common())
 
 
 def _rows(found: Mapping[str, list[Found]]) -> list[dict[str, Any]]:
@@ -107,22 +126,24 @@ def _rows(found: Mapping[str, list[Found]]) -> list[dict[str, Any]]:
         {name: row for arm in found.values() for name, row in arm[seed]["rows"].items()}
         for seed in range(len(found["closed form"]))
     ]
-    original = torch.tensor([rows["original"]["accuracy"] for rows in per_seed])
-    made = []
-    for name in per_seed[0]:
-        column = [rows[name] for rows in per_seed]
-        accuracy = torch.tensor([row["accuracy"] for row in column])
-        made.append(
-            {
-                "name": name,
-                "schedules": [row["schedule"] for row in column],
-                "accuracy": spread(accuracy),
-                "under": spread(original - accuracy),
-                "agreement": spread(torch.tensor([row["agreement"] for row in column])),
-                "flops": spread(torch.tensor([row["flops"] for row in column])),
-                "latency": spread(torch.tensor([row["latency"] for row in column])),
-            }
-        )
+    for rows in per_seed:
+        for row in rows.values():
+            row["under"] = rows["original"]["accuracy"] - row["accuracy"]
+    models = [name for name in per_seed[0] if ", " not in name]
+    names = sorted(per_seed[0], key=lambda name: models.index(name.partition(", ")[0]))
+    return [_over_seeds(name, [rows[name] for rows in per_seed]) for name in names]
+
+
+def _over_seeds(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {"name": name, "schedules": [row["schedule"] for row in rows]}
+    for key in ("accuracy", "under", "agreement", "flops", "seconds"):
+        if key in rows[0]:
+            made[key] = spread(torch.tensor([row[key] for row in rows]))
+    if "latency" in rows[0]:
+        made["latency"] = {
+            batch: spread(torch.tensor([row["latency"][batch] for row in rows]))
+            for batch in rows[0]["latency"]
+        }
     return made
 
 
@@ -130,42 +151,50 @@ def _rows(found: Mapping[str, list[Found]]) -> list[dict[str, Any]]:
 
 
 def _learn(settings: Settings, output: str, arm: str, seed: int) -> Found:
-    torch.set_num_threads(THREADS)
-    model, images, report = loaded(settings.data)
+    model, images, report = loaded(settings.data, settings.device)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     chosen = images[order[: settings.images]]
     plans = Path(output) / "plans"
     plans.mkdir(exist_ok=True)
-    start = time.perf_counter()
     if arm == "closed form":
-        rows = _closed_form(model, chosen, report, plans, seed)
-    else:
-        name = arm.removeprefix("distil ")
-        plan = Plan.load(plans / _file(name, seed))
-        tuned = distill(model, plan, chosen, Distillation(steps=settings.steps, seed=seed))
-        tuned.save(plans / _file(arm, seed))
-        rows = {arm: report.row(tuned.schedule, tuned.apply(model))}
-    return {"rows": rows, "seconds": round(time.perf_counter() - start, 1)}
+        return {"rows": _closed_form(model, chosen, report, plans, seed)}
+    plan = Plan.load(plans / _file(arm.removesuffix(", distilled"), seed))
+    how = Distillation(steps=settings.steps, seed=seed)
+    tuned, seconds = _timed(lambda: distill(model, plan, chosen, how))
+    tuned.save(plans / _file(arm, seed))
+    row = {**report.row(tuned.schedule, tuned.apply(model)), "seconds": seconds}
+    return {"rows": {arm: row}, "history": tuned.found["distillation"]["history"]}
 
 
 def _closed_form(
     model: nn.Module, images: Tensor, report: Report, plans: Path, seed: int
 ) -> dict[str, dict[str, Any]]:
-    how = Conversion()
+    how, costs = Conversion(), flops(model, Conversion(), DEPTH)
     planner = Planner(model, images, how, console_progress)
-    costs = flops(model, how, DEPTH)
     rows = {"original": report.row(Schedule(ATTEND * DEPTH), model)}
-    losses = planner.losses(DEPTH, pools=0, longest=LONGEST)
-    chosen = {f"{k} share": planner.best(_sharing(losses, costs, k)) for k in SHARED}
-    for place in POOLED:
-        schedule = Schedule(ATTEND * place + POOL + ATTEND * (DEPTH - place))
-        chosen[f"pooled before {place}"] = planner.best([Scored(0.0, costs.of(schedule), schedule)])
-    for name, tried in chosen.items():
+    losses, scoring = _timed(partial(planner.losses, DEPTH, pools=1, longest=LONGEST))
+    for name, candidates in _candidates(losses, costs).items():
+        tried, seconds = _timed(partial(planner.best, candidates))
         plan = planner.planned(tried, {"measured": asdict(tried.score)})
         plan.save(plans / _file(name, seed))
-        rows[name] = report.row(plan.schedule, tried.model)
+        rows[name] = {
+            **report.row(plan.schedule, tried.model),
+            "latency": report.latency(tried.model),
+            # A pool is put where somebody said; all else needs to know what single changes lose.
+            "seconds": seconds if name.startswith("pooled") else scoring + seconds,
+        }
         rows[f"{name}, naive"] = report.row(plan.schedule, how.apply(model, plan.schedule))
     return rows
+
+
+def _candidates(losses: Losses, costs: LayerCosts) -> dict[str, list[Scored]]:
+    """By the name of a row: the schedules of which the best is its model."""
+    found = {f"{count} share": _sharing(losses, costs, count) for count in SHARED}
+    for place in POOLED:
+        schedule = Schedule(ATTEND * place + POOL + ATTEND * (DEPTH - place))
+        found[f"pooled before {place}"] = [Scored(0.0, costs.of(schedule), schedule)]
+    planned = front(DEPTH, losses, costs)
+    return {**found, **{budget: within(planned, Budget.parse(budget)) for budget in BUDGETS}}
 
 
 def _sharing(losses: Losses, costs: LayerCosts, count: int) -> list[Scored]:
@@ -179,8 +208,14 @@ def _sharing(losses: Losses, costs: LayerCosts, count: int) -> list[Scored]:
     return sorted(found)[:TRIES]
 
 
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What it gives, and seconds."""
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start
+
+
 def _file(name: str, seed: int) -> str:
-    return f"{name.replace(' ', '-')}-{seed}.json"
+    return f"{re.sub('[^a-z0-9.]+', '-', name)}-{seed}.json"
 
 
 class Report:
@@ -188,30 +223,49 @@ class Report:
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         self.model, self.images, self.labels = model, images, labels
+        self.device = next(model.parameters()).device
         self.reference = self._classes(model)
 
     def row(self, schedule: Schedule, converted: nn.Module) -> dict[str, Any]:
-        """Parts from 0 to 1; FLOPs and latency (batch 8, in turn) as parts of the original's."""
+        """Accuracy and agreement from 0 to 1; FLOPs as a part of the original's."""
         found = self._classes(converted)
-        some = self.images[:8]
-        times = interleaved({m: partial(m, some) for m in (self.model, converted)}, seconds=SECONDS)
         plain = Schedule(ATTEND * DEPTH).flops(self.model)
         return {
             "schedule": schedule.text,
             "accuracy": float((found == self.labels).double().mean()),
             "agreement": float((found == self.reference).double().mean()),
             "flops": schedule.flops(self.model, pool=Conversion().pool) / plain,
-            "latency": times[converted].median / times[self.model].median,
         }
+
+    def latency(self, converted: nn.Module) -> dict[str, float]:
+        """By the number of images: part of the original's, in turn with it.
+
+        Float32 on a CPU; on a GPU bfloat16, compiled.
+        """
+        models: dict[str, Callable[[Tensor], Any]]
+        models = {"original": self.model, "converted": converted}
+        images = self.images.to(self.device)
+        if self.device.type == "cuda":
+            images = images.bfloat16()
+            pair = (copy.deepcopy(m).bfloat16() for m in (self.model, converted))
+            models = dict(zip(models, map(torch.compile, pair), strict=True))
+        found = {}
+        for batch in BATCHES[self.device.type]:
+            some = images[:batch]
+            calls = {k: waiting(partial(m, some), self.device) for k, m in models.items()}
+            times = interleaved(calls, seconds=SECONDS)
+            found[str(batch)] = times["converted"].median / times["original"].median
+        return found
 
     @torch.inference_mode()
     def _classes(self, model: nn.Module) -> Tensor:
-        return torch.cat([logits_of(model(some)).argmax(1) for some in self.images.split(50)])
+        batches = (some.to(self.device) for some in self.images.split(50))
+        return torch.cat([logits_of(model(some)).argmax(1).cpu() for some in batches])
 
 
 @lru_cache(maxsize=1)
-def loaded(data: str) -> tuple[nn.Module, Tensor, Report]:
-    """The model, images to fit to, and the report on the others."""
+def loaded(data: str, device: str) -> tuple[nn.Module, Tensor, Report]:
+    """The model on the device, images to fit to, and the report on the others."""
     import timm
 
     weights = Path(data) / NAME / "model.safetensors"
@@ -222,7 +276,7 @@ def loaded(data: str) -> tuple[nn.Module, Tensor, Report]:
     preprocess = Preprocess((SIDE, SIDE), mean=(0.5,) * 3, std=(0.5,) * 3, crop=1.0)
     fit, report = (torch.cat(list(batches(files[part], preprocess, 50))) for part in (FIT, REPORT))
     wanted = torch.tensor(read_labels(labels, files[REPORT]))
-    model.eval()
+    model.eval().to(device)
     return model, fit, Report(model, report, wanted)
 
 
