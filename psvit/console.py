@@ -53,6 +53,16 @@ def print_tables(*tables: Any) -> None:
         console.print(table)
 
 
+def text_of(table: Any) -> str:
+    """A table of rich as plain text."""
+    from rich.console import Console
+
+    console = Console(width=100, highlight=False, markup=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
 def table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
 ) -> Any:

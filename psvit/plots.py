@@ -282,3 +282,34 @@ def draw_search(results: Mapping[str, Any], path: str | PathLike[str]) -> None:
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     _plain(axes)
     figure.savefig(path)
+
+
+# --- plans ----------------------------------------------------------------------------------
+
+
+def draw_plan(found: Mapping[str, Any], path: str | PathLike[str], *, title: str) -> None:
+    """What schedules lose at what cost: the predicted front, and what was measured of some.
+
+    Args:
+        found: of a ``Plan``.
+        path: the picture's file.
+        title: put above the picture.
+    """
+    figure = _figure(7.5, 4.6)
+    axes = figure.subplots()
+    front = found["front"]
+    costs, losses = ([row[key] for row in front] for key in ("cost", "predicted_kl"))
+    axes.step(costs, losses, where="pre", color=BLUE, linewidth=2, label="front, predicted")
+    tried = found["tried"]
+    costs, losses = [row["cost"] for row in tried], [row["kl"] for row in tried]
+    axes.scatter(costs, losses, s=30, marker="x", color="0.3", zorder=3, label="measured")
+    axes.scatter(
+        found["cost"], found["measured"]["kl"], s=60, color=ORANGE, zorder=4, label="chosen"
+    )
+    what = "latency" if found["budget"].startswith("latency") else "FLOPs"
+    axes.set_xlabel(f"{what}, part of the original's")
+    axes.set_ylabel("KL(original || converted), nats")
+    axes.set_title(title, fontsize=11)
+    axes.legend(fontsize=8, frameon=False)
+    _plain(axes)
+    figure.savefig(path)

@@ -69,7 +69,12 @@ def test_plan_keeps_a_budget(place, tmp_path, capsys):
     assert code == 0, err
     found = json.loads(out)
     assert found["cost"] <= 0.95 and "S" in found["schedule"] and "|" not in found["schedule"]
-    assert Plan.load(plan).schedule.text == found["schedule"]
+    kept = Plan.load(plan)
+    assert kept.schedule.text == found["schedule"]
+    shown = str(kept)
+    assert "for flops<=0.95" in shown and "chosen" in shown
+    assert all(row["schedule"] in shown for row in found["tried"])
+    assert plan.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

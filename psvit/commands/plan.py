@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..console import print_tables, table
+from ..console import print_tables
+from ..files import whole_file
+from ..plots import draw_plan
 from . import models
 from .common import BadInputError, add_json, bad_input, need, positive, print_json, writing
 
@@ -54,7 +56,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("plan.json"),
         metavar="FILE.json",
-        help="the plan, its weights beside it as .safetensors (default: plan.json)",
+        help="the plan, weights and a picture beside it (default: plan.json)",
     )
 
 
@@ -78,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         )
     with writing("--output"):
         found.save(args.output)
+        with whole_file(args.output.with_suffix(".png")) as work:
+            draw_plan(found.found, work, title=f"{loaded.name}, {found.found['budget']}")
     if args.json:
         print_json({"schedule": found.schedule.text, **found.found})
     else:
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """What both commands that make plans need."""
-    need("demo", "safetensors", "PIL")
+    need("demo", "safetensors", "PIL", "matplotlib")
     if args.images is None:
         raise BadInputError("--images: missing; expected a folder of images to fit on")
     if args.output.suffix != ".json":
@@ -96,21 +100,10 @@ def check(args: argparse.Namespace) -> None:
 
 def _show(name: str, plan: Plan, output: Path) -> None:
     found = plan.found
-    rows = [
-        (
-            one["schedule"],
-            f"{one['cost']:.3f}",
-            f"{one['predicted_kl']:.3f}",
-            f"{one['kl']:.3f}",
-            f"{one['agreement']:.1%}",
-        )
-        for one in found["tried"]
-    ]
-    header = ("schedule", "cost", "KL, predicted", "measured", "agreement")
     print_tables(
-        table(f"{name}, {found['budget']}", header, rows),
+        plan.table(),
         f"cost: part of the original's; KL(original || converted) in nats and top-1 agreement: on "
         f"{found['held_out_images']} images held out of {found['images']} that were fitted to",
-        f"The plan is {plan.schedule}, {plan.pool} pool. Written to {output}: psvit accelerate "
-        f"{name} --plan {output} measures it.",
+        f"Written to {output}, a picture beside it: psvit accelerate {name} --plan {output} "
+        f"measures the plan.",
     )

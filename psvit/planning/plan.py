@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..accelerate import accelerate
+from ..console import table, text_of
 from ..files import whole_file
 from ..pooling import Kind
 from ..schedule import Schedule
@@ -114,6 +115,47 @@ class Plan:
             raise ValueError(
                 f"model: the plan was made for another one: {'; '.join(wrong[:3])}{more}"
             )
+
+    def table(self) -> Any:
+        """For ``psvit.console.print_tables``: the schedules that were tried, this one marked.
+
+        Cost is a part of the original's; KL(original || converted) in nats and top-1 agreement are
+        means over images that nothing was fitted to.
+        """
+        rows = [
+            (
+                one["schedule"],
+                f"{one['cost']:.3f}",
+                f"{one['predicted_kl']:.3f}",
+                f"{one['kl']:.3f}",
+                f"{one['agreement']:.1%}",
+                "chosen" if one["schedule"] == self.schedule.text else "",
+            )
+            for one in self.found.get("tried", ())
+        ]
+        header = ("schedule", "cost", "KL, predicted", "measured", "agreement", "")
+        made = table(f"{self.schedule}, {self.pool} pool", header, rows)
+        made.caption = self._remarks()
+        return made
+
+    def _remarks(self) -> str:
+        remarks = [f"{len(self.corrections)} corrected tensors"]
+        if "budget" in self.found:
+            remarks.insert(0, f"for {self.found['budget']}")
+            if self.schedule.pools and not self.schedule.shared:
+                remarks.append("no layer shares: pooling alone loses less")
+        measured = self.found.get("measured")
+        if measured:
+            score = f"KL {measured['kl']:.3f}, agreement {measured['agreement']:.1%}"
+            remarks.append(f"{score} on images held out")
+        if "distillation" in self.found:
+            remarks.append(
+                f"distilled for {self.found['distillation']['history'][-1]['step']} steps"
+            )
+        return "; ".join(remarks)
+
+    def __str__(self) -> str:
+        return text_of(self.table())
 
     def save(self, path: str | Path) -> None:
         """Writes ``path`` (JSON, for people and programs) and, beside it, ``.safetensors``.

@@ -82,11 +82,16 @@ def plan(
     if wanted.measure == "top1_agreement":
         chosen = planner.cheapest(found, wanted)
     else:
-        chosen = planner.best(_within(found, wanted))
-    return planner.plan(chosen, wanted, losses, costs)
+        chosen = planner.best(within(found, wanted))
+    return planner.plan(chosen, wanted, losses, costs, found)
 
 
-def _within(found: list[Scored], budget: Budget) -> list[Scored]:
+def within(found: list[Scored], budget: Budget) -> list[Scored]:
+    """Of a front the few schedules that lose least and cost no more than the budget.
+
+    Raises:
+        ValueError: none does; the nearest is named.
+    """
     fitting = [scored for scored in found if scored.cost <= budget.bound]
     if not fitting:
         nearest = found[-1]
@@ -162,7 +167,14 @@ class Planner:
         converted, _ = calibrate(self.model, schedule, images, progress=_silent, **how)
         return converted.eval()
 
-    def plan(self, chosen: Tried, budget: Budget, losses: Losses, costs: LayerCosts) -> Plan:
+    def plan(
+        self,
+        chosen: Tried,
+        budget: Budget,
+        losses: Losses,
+        costs: LayerCosts,
+        predicted: list[Scored],
+    ) -> Plan:
         """What was chosen, with all that was found out."""
         found = {
             "budget": str(budget),
@@ -171,15 +183,8 @@ class Planner:
             "measured": asdict(chosen.score),
             "held_out_images": len(self.held.images),
             "images": len(self.images),
-            "tried": [
-                {
-                    "schedule": tried.predicted.schedule.text,
-                    "cost": tried.predicted.cost,
-                    "predicted_kl": tried.predicted.loss,
-                    **asdict(tried.score),
-                }
-                for tried in self.tried
-            ],
+            "tried": [{**_row(tried.predicted), **asdict(tried.score)} for tried in self.tried],
+            "front": [_row(scored) for scored in predicted],
             "groups": [[a, k, kl] for (a, k), kl in losses.groups.items()],
             "pools": [[place, kl] for place, kl in losses.pools.items()],
             "costs": asdict(costs),
@@ -190,6 +195,14 @@ class Planner:
         """A schedule that was made, as a plan."""
         schedule = tried.predicted.schedule
         return Plan.of(self.model, tried.model, schedule=schedule, found=found, **asdict(self.how))
+
+
+def _row(predicted: Scored) -> dict[str, Any]:
+    return {
+        "schedule": predicted.schedule.text,
+        "cost": predicted.cost,
+        "predicted_kl": predicted.loss,
+    }
 
 
 def _group(depth: int, first: int, length: int) -> Schedule:
