@@ -137,6 +137,62 @@ TORCHVISION: list[Case] = [
 ]
 
 
+def _timm_eva() -> nn.Module:
+    eva = pytest.importorskip("timm.models.eva")
+    size = dict(img_size=32, patch_size=4, embed_dim=24, depth=DEPTH, num_heads=3, num_classes=5)
+    return eva.Eva(**size, use_rot_pos_emb=True)
+
+
+def _timm_swin() -> nn.Module:
+    swin = pytest.importorskip("timm.models.swin_transformer")
+    size = dict(img_size=32, embed_dim=12, depths=(2, 2), num_heads=(1, 2), num_classes=5)
+    return swin.SwinTransformer(**size, window_size=4)
+
+
+def _torchvision_swin() -> nn.Module:
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
+    return swin.SwinTransformer([4, 4], 12, [2, 2], [1, 2], window_size=[4, 4], num_classes=5)
+
+
+def _parallel() -> nn.Module:
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    return timm_vit(block_fn=timm.ParallelScalingBlock)
+
+
+def hub_swin() -> nn.Module:
+    hub = pytest.importorskip("transformers")
+    size = dict(image_size=32, embed_dim=12, depths=[2, 2], num_heads=[1, 2], window_size=4)
+    return hub.SwinModel(hub.SwinConfig(**size))
+
+
+def _hub_relative() -> nn.Module:
+    return _hub("BeitModel", "BeitConfig", use_relative_position_bias=True)
+
+
+#: Makers of models with layers that psvit doesn't know, and how it names them.
+UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "timm-rotary": (_timm_eva, "blocks.0.attn is a timm EvaAttention"),
+    "timm-windows": (_timm_swin, "layers.0.blocks.0.attn is a timm WindowAttention"),
+    "timm-parallel": (_parallel, "blocks.0 is a timm ParallelScalingBlock"),
+    "hub-rotary": (
+        lambda: _hub("DINOv3ViTModel", "DINOv3ViTConfig"),
+        "is a transformers DINOv3ViTAttention",
+    ),
+    "hub-windows": (hub_swin, "is a transformers SwinAttention"),
+    "hub-relative": (_hub_relative, "is a transformers BeitAttention"),
+    "torchvision-windows": (_torchvision_swin, "is a torchvision ShiftedWindowAttention"),
+}
+
+
+#: Of all families, for ``IMAGES``.
+EVERY = [
+    pytest.param(make, id=f"{library}-{name}")
+    for library, family in (("timm", TIMM), ("hub", HUB), ("torchvision", TORCHVISION))
+    for name, make in family
+    if name != "oblong"
+]
+
+
 def cases(family: list[Case]) -> Any:
     """A parametrisation over a family: the test gets ``make``, which makes a host."""
     return pytest.mark.parametrize("make", [m for _, m in family], ids=[n for n, _ in family])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import DEPTH, HUB, TIMM, TORCHVISION, answer, images, timm_vit
+from hosts import DEPTH, EVERY, HUB, TORCHVISION, answer, images, timm_vit
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -25,17 +25,6 @@ from psvit.stack import find_stack
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Make = Callable[[], nn.Module]
-
-HOSTS = [
-    pytest.param(make, id=f"{family}-{name}")
-    for family, kinds, names in (
-        ("timm", TIMM, {"vit", "dinov2", "qk-norm", "dynamic", "siglip"}),
-        ("hub", HUB, {"vit", "dinov2-swiglu", "siglip-classifier", "clip"}),
-        ("torchvision", TORCHVISION, {"vit"}),
-    )
-    for name, make in kinds
-    if name in names
-]
 
 
 def fitted(model: nn.Module, schedule: str, x: Any, **options: Any) -> tuple[nn.Module, Report]:
@@ -50,7 +39,7 @@ def lockstep(model: nn.Module, schedule: str) -> Lockstep:
         return Lockstep(psvit.accelerate(model, "A" * DEPTH), fast)
 
 
-@pytest.mark.parametrize("make", HOSTS)
+@pytest.mark.parametrize("make", EVERY)
 def test_every_fit_brings_the_tokens_nearer_to_the_original(make: Make) -> None:
     model, x = make(), images(20, 3, 32, 32)
     _, report = fitted(model, "ASA|A", x)

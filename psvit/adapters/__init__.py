@@ -104,7 +104,8 @@ def find(model: nn.Module) -> Encoder:
                 found[name or type(model).__name__] = encoder
     if not found:
         raise ValueError(
-            f"model: got {type(model).__name__}, which psvit doesn't know; it knows {supported()}"
+            f"model: got {type(model).__name__}, which psvit doesn't know{_attention_in(model)}; "
+            f"it knows {supported()}"
         )
     if len(found) > 1:
         raise ValueError(
@@ -117,6 +118,17 @@ def find(model: nn.Module) -> Encoder:
 def supported() -> str:
     """The families that psvit knows, in words."""
     return "; ".join(f"{library}: {', '.join(names)}" for library, names in FAMILIES.items())
+
+
+def _attention_in(model: nn.Module) -> str:
+    """Where the first attention of a model is, of which class, and what psvit can't convert."""
+    for name, module in model.named_modules():
+        if name and any(word in type(module).__name__ for word in ("Attention", "Attn")):
+            return (
+                f" ({name} is a {_name(type(module))}; windows, rotary embedding and relative "
+                f"positions can't be converted)"
+            )
+    return ""
 
 
 def _adapter(library: str) -> ModuleType:
