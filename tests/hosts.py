@@ -89,7 +89,7 @@ TIMM: list[Case] = [
 ]
 
 
-def _hub(kind: str, config: str, **options: Any) -> nn.Module:
+def hub_model(kind: str, config: str, **options: Any) -> nn.Module:
     hub = pytest.importorskip("transformers")
     size = dict(
         hidden_size=24,
@@ -106,22 +106,26 @@ def _hub(kind: str, config: str, **options: Any) -> nn.Module:
 
 
 HUB: list[Case] = [
-    ("vit", lambda: _hub("ViTModel", "ViTConfig")),
-    ("vit-classifier", lambda: _hub("ViTForImageClassification", "ViTConfig", qkv_bias=False)),
-    ("deit", lambda: _hub("DeiTForImageClassificationWithTeacher", "DeiTConfig")),
-    ("dinov2", lambda: _hub("Dinov2ForImageClassification", "Dinov2Config", mlp_ratio=2)),
-    ("dinov2-swiglu", lambda: _hub("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True)),
-    ("dinov2-registers", lambda: _hub("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig")),
-    ("siglip", lambda: _hub("SiglipVisionModel", "SiglipVisionConfig")),
-    ("siglip-classifier", lambda: _hub("SiglipForImageClassification", "SiglipConfig")),
-    ("clip", lambda: _hub("CLIPVisionModel", "CLIPVisionConfig")),
-    ("clip-projection", lambda: _hub("CLIPVisionModelWithProjection", "CLIPVisionConfig")),
+    ("vit", lambda: hub_model("ViTModel", "ViTConfig")),
+    ("vit-classifier", lambda: hub_model("ViTForImageClassification", "ViTConfig", qkv_bias=False)),
+    ("deit", lambda: hub_model("DeiTForImageClassificationWithTeacher", "DeiTConfig")),
+    ("dinov2", lambda: hub_model("Dinov2ForImageClassification", "Dinov2Config", mlp_ratio=2)),
+    ("dinov2-swiglu", lambda: hub_model("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True)),
+    (
+        "dinov2-registers",
+        lambda: hub_model("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+    ),
+    ("siglip", lambda: hub_model("SiglipVisionModel", "SiglipVisionConfig")),
+    ("siglip-classifier", lambda: hub_model("SiglipForImageClassification", "SiglipConfig")),
+    ("clip", lambda: hub_model("CLIPVisionModel", "CLIPVisionConfig")),
+    ("clip-projection", lambda: hub_model("CLIPVisionModelWithProjection", "CLIPVisionConfig")),
 ]
 
 
-def torchvision_vit(**options: Any) -> nn.Module:
+def torchvision_vit(image_size: int = 32, patch_size: int = 4, **options: Any) -> nn.Module:
     vit = pytest.importorskip("torchvision.models.vision_transformer")
-    return randomised(vit.VisionTransformer(32, 4, DEPTH, 3, 24, 48, num_classes=5, **options))
+    size = (image_size, patch_size, DEPTH, 3, 24, 48)
+    return randomised(vit.VisionTransformer(*size, num_classes=5, **options))
 
 
 def _with_stem() -> nn.Module:
@@ -166,7 +170,7 @@ def hub_swin() -> nn.Module:
 
 
 def _hub_relative() -> nn.Module:
-    return _hub("BeitModel", "BeitConfig", use_relative_position_bias=True)
+    return hub_model("BeitModel", "BeitConfig", use_relative_position_bias=True)
 
 
 #: Makers of models with layers that psvit doesn't know, and how it names them.
@@ -175,7 +179,7 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "timm-windows": (_timm_swin, "layers.0.blocks.0.attn is a timm WindowAttention"),
     "timm-parallel": (_parallel, "blocks.0 is a timm ParallelScalingBlock"),
     "hub-rotary": (
-        lambda: _hub("DINOv3ViTModel", "DINOv3ViTConfig"),
+        lambda: hub_model("DINOv3ViTModel", "DINOv3ViTConfig"),
         "is a transformers DINOv3ViTAttention",
     ),
     "hub-windows": (hub_swin, "is a transformers SwinAttention"),

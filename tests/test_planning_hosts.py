@@ -1,4 +1,4 @@
-"""Plans for every kind of model: those that psvit knows, and those that it refuses."""
+"""Plans for every kind of model: those that psvit knows, those it refuses, README's examples."""
 
 from __future__ import annotations
 
@@ -101,3 +101,45 @@ def test_commands_refuse_other_blocks_in_one_line(command, plan_of_another, tmp_
     assert line.startswith(f"psvit {command}: error: model: got SwinModel"), line
     assert "is a transformers SwinAttention; windows, rotary embedding" in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def loaders(monkeypatch):
+    """Hosts load small random models in place of those of README's examples."""
+    timm, hub = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    models = pytest.importorskip("torchvision.models")
+    size = dict(image_size=224, patch_size=28)
+
+    def load(owner: object, name: str, make: Callable[[], object]) -> None:
+        def loaded(*args: object, **options: object) -> object:
+            torch.manual_seed(0)  # the same one each time
+            return make()
+
+        monkeypatch.setattr(owner, name, loaded)
+
+    load(timm, "create_model", lambda: hosts.timm_vit(img_size=224, patch_size=28))
+    load(models, "vit_b_16", lambda: hosts.torchvision_vit(**size))
+    classifier = ("ViTForImageClassification", "ViTConfig")
+    load(
+        hub.AutoModelForImageClassification,
+        "from_pretrained",
+        lambda: hosts.hub_model(*classifier, **size),
+    )
+    load(hub.AutoImageProcessor, "from_pretrained", hub.ViTImageProcessor)
+
+
+def test_the_examples_of_the_readme_run(loaders, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("PIL")
+    write_images(tmp_path / "photos", 40)
+    monkeypatch.chdir(tmp_path)
+    section = README.read_text(encoding="utf-8").split("\n## Correcting a conversion")[1]
+    examples = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    assert len(examples) == 3
+    names: dict = {}
+    for example in examples:
+        exec(example, names)
+        plan, images = names["plan"], names["images"]
+        assert images.shape == (40, 3, 224, 224)
+        assert str(plan) in capsys.readouterr().out
+        want, got = (hosts.answer(m, images) for m in (plan.apply(names["model"]), names["fast"]))
+        assert torch.equal(got, want), f"{example}: largest difference {(got - want).abs().max()}"
