@@ -60,7 +60,7 @@ def text_of(table: Any) -> str:
     console = Console(width=100, highlight=False, markup=False)
     with console.capture() as captured:
         console.print(table)
-    return captured.get()
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def table(

@@ -33,7 +33,8 @@ def kl_divergence(scores: Tensor, reference: Tensor, temperature: float = 1.0) -
 
 
 def has_classes(model: nn.Module) -> bool:
-    """Whether the outputs of a host's model are class scores."""
+    """Whether the outputs of a host's model, or of what stands around one, are class scores."""
     if hasattr(model, "num_classes"):  # timm; torchvision has it too, and always classes
         return int(model.num_classes) > 0  # type: ignore[arg-type]
-    return type(model).__name__.endswith("ForImageClassification")
+    hub = type(model).__module__.startswith("transformers.")
+    return not hub or "ForImageClassification" in type(model).__name__

@@ -68,7 +68,7 @@ def test_flops_of_layers_sum_to_those_of_the_model(make, schedule):
     schedule = psvit.Schedule(schedule)
     whole = schedule.flops(network, pool=how.pool)
     plain = psvit.Schedule("AAAA").flops(network)
-    assert flops(network, how, 4).of(schedule) == pytest.approx(whole / plain)
+    assert flops(network, how, 4, pools=2).of(schedule) == pytest.approx(whole / plain)
 
 
 def test_layer_costs_come_from_differences_of_whole_models():
@@ -81,7 +81,7 @@ def test_layer_costs_come_from_differences_of_whole_models():
         return 6.0 + sum(true[kind][stage] for kind, stage in layers)
 
     asked: list[psvit.Schedule] = []
-    costs = LayerCosts.from_totals(6, lambda schedule: asked.append(schedule) or total(schedule))
+    costs = LayerCosts.from_totals(6, 2, lambda schedule: asked.append(schedule) or total(schedule))
     assert len(asked) == len(set(asked)) == 6
     for text in ("AAAAAA", "ASSAAS", "AS|ASA|A", "A|AAAAS"):
         schedule = psvit.Schedule(text)
@@ -163,6 +163,26 @@ def test_agreement_as_budget_gives_a_plan_that_agrees(model, images):
     assert agreements[cheaper.text] < 0.9
 
 
+@pytest.mark.parametrize("budget", ["flops<=0.99", "latency<=1"])
+def test_a_model_that_cannot_be_pooled_is_planned_without_pools(images, budget, cache_folder):
+    made = plan(hosts.timm_vit(patch_drop_rate=0.5), images, budget, progress=silent)
+    assert made.found["pools"] == [] and len(made.found["costs"]["attends"]) == 1
+
+
+def test_a_model_without_classes_is_refused(images):
+    with pytest.raises(ValueError, match="got a VisionTransformer without classes, expected some"):
+        plan(hosts.timm_vit(num_classes=0), images, "flops<=0.9", progress=silent)
+
+
+def test_a_plan_names_what_could_not_be_corrected(images):
+    model = hosts.timm_vit()
+    for block in model.blocks:
+        block.mlp.fc2 = torch.nn.Sequential(block.mlp.fc2, torch.nn.Tanh())
+    made = plan(model, images, "flops<=0.95", pools=0, progress=silent)
+    first = made.schedule.kinds.index("S") + 1
+    assert f"layer {first} left alone: last linear of the MLP" in str(made)
+
+
 def test_a_latency_budget_is_kept(model, images, monkeypatch):
     measured = LayerCosts((0.25, 0.2, 0.1), (0.15, 0.1, 0.05))
     monkeypatch.setattr(run, "latency", lambda *args, **options: measured)
@@ -172,7 +192,7 @@ def test_a_latency_budget_is_kept(model, images, monkeypatch):
 
 
 def test_latency_is_measured_for_each_kind_of_layer_in_each_stage(model, images, cache_folder):
-    found = latency(model, Conversion(), 4, images[:1], seconds=0.2)
+    found = latency(model, Conversion(), 4, images[:1], pools=2, seconds=0.2)
     assert found.of(psvit.Schedule("AAAA")) == pytest.approx(1)
     assert len(found.attends) == len(found.shares) == 3
     assert all(np.isfinite((*found.attends, *found.shares)))
@@ -182,7 +202,7 @@ def test_latency_is_measured_for_each_kind_of_layer_in_each_stage(model, images,
 def test_latency_is_measured_again_where_it_may_be_another(
     model, images, change, cache_folder, monkeypatch
 ):
-    before = latency(model, Conversion(), 4, images[:1], seconds=0)
+    before = latency(model, Conversion(), 4, images[:1], pools=1, seconds=0)
     monkeypatch.setattr(latency_cache, "interleaved", lambda *args, **options: pytest.fail("again"))
     other = {
         "weights": hosts.timm_vit,
@@ -192,10 +212,10 @@ def test_latency_is_measured_again_where_it_may_be_another(
     same = images[: 2 if change == "batch" else 1].to(next(other.parameters()).dtype)
     how = Conversion("avg" if change == "pool" else "stride")
     if change in ("nothing", "weights"):
-        assert latency(other, how, 4, same) == before
+        assert latency(other, how, 4, same, pools=1) == before
     else:
         with pytest.raises(pytest.fail.Exception, match="again"):
-            latency(other, how, 4, same)
+            latency(other, how, 4, same, pools=1)
 
 
 @pytest.mark.parametrize("budget", ["flops<=0.8", "latency<=0.8"])

@@ -169,7 +169,7 @@ def _learn(settings: Settings, output: str, arm: str, seed: int) -> Found:
 def _closed_form(
     model: nn.Module, images: Tensor, report: Report, plans: Path, seed: int
 ) -> dict[str, dict[str, Any]]:
-    how, costs = Conversion(), flops(model, Conversion(), DEPTH)
+    how, costs = Conversion(), flops(model, Conversion(), DEPTH, pools=1)
     planner = Planner(model, images, how, console_progress)
     rows = {"original": report.row(Schedule(ATTEND * DEPTH), model)}
     losses, scoring = _timed(partial(planner.losses, DEPTH, pools=1, longest=LONGEST))

@@ -63,14 +63,15 @@ class LayerCosts:
         )
 
     @classmethod
-    def from_totals(cls, depth: int, total: Callable[[Schedule], float]) -> LayerCosts:
+    def from_totals(cls, depth: int, pools: int, total: Callable[[Schedule], float]) -> LayerCosts:
         """From the costs of whole models, whose differences are those of layers.
 
         Args:
             depth: number of layers.
+            pools: at most so many come before a layer.
             total: the cost of a model with a schedule, in any unit; asked once for each.
         """
-        probes = _probes(depth)
+        probes = _probes(depth, pools)
         totals = [(total(attending), total(sharing)) for attending, sharing in probes]
         plain = totals[0][0]
         attends: list[float] = []
@@ -83,26 +84,26 @@ class LayerCosts:
         return cls(tuple(attends), tuple(shares))
 
 
-def _probes(depth: int) -> list[tuple[Schedule, Schedule]]:
+def _probes(depth: int, pools: int) -> list[tuple[Schedule, Schedule]]:
     """For each stage whose costs are told apart: every layer attends; every second one shares.
 
-    Up to two pools, where there are layers for them, stand as early as can be.
+    The pools, as many as there are layers for, stand as early as can be.
     """
     found = []
-    for stage in range(min(3, depth - 1)):
+    for stage in range(min(pools + 1, depth - 1)):
         start, rest = f"{ATTEND}{POOL}" * stage, depth - stage
         sharing = ((ATTEND + SHARE) * rest)[:rest]
         found.append((Schedule(start + ATTEND * rest), Schedule(start + sharing)))
     return found
 
 
-def flops(model: nn.Module, how: Conversion, depth: int) -> LayerCosts:
-    """From the formulas of ``psvit.cost``."""
+def flops(model: nn.Module, how: Conversion, depth: int, *, pools: int) -> LayerCosts:
+    """From the formulas of ``psvit.cost``; with so many pools at most."""
 
     def total(schedule: Schedule) -> float:
         return sum(r.flops for r in layer_costs(model, schedule, pool=how.pool, dims=how.dims))
 
-    return LayerCosts.from_totals(depth, total)
+    return LayerCosts.from_totals(depth, pools, total)
 
 
 def latency(
@@ -111,6 +112,7 @@ def latency(
     depth: int,
     images: Tensor,
     *,
+    pools: int,
     seconds: float = 10.0,
     step: Callable[[float], object] = lambda part: None,
 ) -> LayerCosts:
@@ -119,6 +121,7 @@ def latency(
     Args:
         model, how, depth: the model, how it is converted, and its number of layers.
         images: `(B, channels, height, width)`, on the device of the model.
+        pools: at most so many.
         seconds: of measuring, about.
         step: called with the part of the work done, for a progress bar.
     """
@@ -130,10 +133,10 @@ def latency(
     def probe(schedule: Schedule) -> Callable[[], object]:
         return waiting(partial(how.apply(model, schedule), images), images.device)
 
-    schedules = itertools.chain.from_iterable(_probes(depth))
+    schedules = itertools.chain.from_iterable(_probes(depth, pools))
     probes = {label(schedule): partial(probe, schedule) for schedule in schedules}
     times = medians(probes, images.device, seconds=seconds, step=step)
-    return LayerCosts.from_totals(depth, lambda schedule: times[label(schedule)])
+    return LayerCosts.from_totals(depth, pools, lambda schedule: times[label(schedule)])
 
 
 def _digest(model: nn.Module, images: Tensor) -> str:

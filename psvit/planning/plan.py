@@ -135,7 +135,7 @@ class Plan:
         ]
         header = ("schedule", "cost", "KL, predicted", "measured", "agreement", "")
         made = table(f"{self.schedule}, {self.pool} pool", header, rows)
-        made.caption = self._remarks()
+        made.caption = "\n".join((self._remarks(), *self._left_alone()))
         return made
 
     def _remarks(self) -> str:
@@ -153,6 +153,10 @@ class Plan:
                 f"distilled for {self.found['distillation']['history'][-1]['step']} steps"
             )
         return "; ".join(remarks)
+
+    def _left_alone(self) -> list[str]:
+        left = self.found.get("left_alone", ())
+        return [f"layer {layer + 1} left alone: {why}" for layer, why in left]
 
     def __str__(self) -> str:
         return text_of(self.table())

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .. import adapters
-from ..calibrate import calibrate
+from ..calibrate import Report, calibrate
 from ..console import progress as console_progress
+from ..outputs import has_classes
 from ..pooling import Kind
 from ..schedule import ATTEND, POOL, SHARE, Schedule
 from .budget import Budget
@@ -56,7 +57,7 @@ def plan(
         budget: "flops<=0.7", "latency<=0.7" (parts of the original's), "top1_agreement>=0.98" (on
             the images held out: then the cheapest found in FLOPs that meets it).
         pool, dims, size_bias: as for ``psvit.accelerate``.
-        pools: at most so many.
+        pools: at most so many; none in a model whose tokens can't be pooled.
         longest: of a group: one layer attends, the others share.
         latency_batch: images in a batch whose latency is measured.
         progress: makes progress bars.
@@ -70,13 +71,17 @@ def plan(
     """
     wanted = Budget.parse(budget)
     how = Conversion(pool, dims, size_bias)
-    depth = len(adapters.find(model).layers)
+    encoder = adapters.find(model)
+    depth, pools = len(encoder.layers), 0 if encoder.whole else pools
+    if not has_classes(model):
+        raise ValueError(f"model: got a {type(model).__name__} without classes, expected some")
     planner = Planner(model, images, how, progress)
     if wanted.measure == "latency":
+        few = images[:latency_batch].to(next(model.parameters()).device)
         with progress("measuring latencies", 1) as step:
-            costs = latency(model, how, depth, images[:latency_batch], step=step)
+            costs = latency(model, how, depth, few, pools=pools, step=step)
     else:
-        costs = flops(model, how, depth)
+        costs = flops(model, how, depth, pools=pools)
     losses = planner.losses(depth, pools=pools, longest=longest)
     found = front(depth, losses, costs, pools=pools)
     if wanted.measure == "top1_agreement":
@@ -104,11 +109,13 @@ def within(found: list[Scored], budget: Budget) -> list[Scored]:
 
 @dataclass(frozen=True)
 class Tried:
-    """A schedule that was made: what was predicted of it, the model, and its score."""
+    """A schedule that was made: what was predicted of it, the model, its score, and why layers
+    (from 0) that it changes weren't corrected."""
 
     predicted: Scored
     model: nn.Module
     score: Score
+    left_alone: dict[int, str]
 
 
 class Planner:
@@ -132,7 +139,7 @@ class Planner:
         return Losses(shared, pooled)
 
     def _single(self, schedule: Schedule, step: Callable[[float], object]) -> float:
-        converted = self._made(schedule, self.images[:FEW])
+        converted, _ = self._made(schedule, self.images[:FEW])
         step(1)
         return self.held.score(converted).kl
 
@@ -157,15 +164,16 @@ class Planner:
         return best or self._tried(found[0], lambda part: None)
 
     def _tried(self, candidate: Scored, step: Callable[[float], object]) -> Tried:
-        converted = self._made(candidate.schedule, self.images)
+        converted, report = self._made(candidate.schedule, self.images)
         step(1)
-        self.tried.append(Tried(candidate, converted, self.held.score(converted)))
+        score = self.held.score(converted)
+        self.tried.append(Tried(candidate, converted, score, report.left_alone))
         return self.tried[-1]
 
-    def _made(self, schedule: Schedule, images: Tensor) -> nn.Module:
+    def _made(self, schedule: Schedule, images: Tensor) -> tuple[nn.Module, Report]:
         how = asdict(self.how)
-        converted, _ = calibrate(self.model, schedule, images, progress=_silent, **how)
-        return converted.eval()
+        converted, report = calibrate(self.model, schedule, images, progress=_silent, **how)
+        return converted.eval(), report
 
     def plan(
         self,
@@ -181,6 +189,7 @@ class Planner:
             "cost": chosen.predicted.cost,
             "predicted_kl": chosen.predicted.loss,
             "measured": asdict(chosen.score),
+            "left_alone": [[layer, why] for layer, why in chosen.left_alone.items()],
             "held_out_images": len(self.held.images),
             "images": len(self.images),
             "tried": [{**_row(tried.predicted), **asdict(tried.score)} for tried in self.tried],
