@@ -15,6 +15,7 @@ from torch import nn
 
 import psvit
 from psvit import cli
+from psvit.outputs import has_classes
 
 pytest.importorskip("safetensors")
 
@@ -27,6 +28,10 @@ README = Path(__file__).parents[1] / "README.md"
 def test_a_plan_is_made_saved_applied_and_distilled(make: Callable[[], nn.Module], tmp_path):
     torch.manual_seed(0)
     model, images = make(), torch.randn(40, 3, 32, 32)
+    if not has_classes(model):
+        with pytest.raises(ValueError, match=r"^model: got a \w+ without classes, expected some$"):
+            psvit.plan(model, images, "flops<=0.85", progress=silent)
+        return
     plan = psvit.plan(model, images, "flops<=0.85", longest=2, progress=silent)
     assert plan.found["cost"] <= 0.85
     plan.save(tmp_path / "plan.json")

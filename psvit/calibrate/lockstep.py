@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,6 +46,28 @@ class LayerPass:
     middle_target: Tensor
     after_target: Tensor
     map: Tensor
+
+
+class GroupPass(NamedTuple):
+    """What enters a group of the conversion, and what the original has after each of its layers.
+
+    Args:
+        tokens: before the group's first layer and any pool there, `(B, N, C)`.
+        goals: for each layer of the group, `(B, M, C)`: put through the conversion's pools.
+        layouts: of the conversion's stages.
+    """
+
+    tokens: Tensor
+    goals: list[Tensor]
+    layouts: list[Layout]
+
+    def outputs(self, stack: Stack, group: Sequence[int]) -> list[Tensor]:
+        """What each layer of the group gives in the conversion."""
+        flow, x, found = _flow(stack, self.layouts), self.tokens, []
+        for layer in group:
+            x = flow.run(layer, x)
+            found.append(x)
+        return found
 
 
 class _Streams(NamedTuple):
@@ -103,7 +125,7 @@ class Lockstep:
         donor = self.converted.donors[layer]
         streams = self._advanced(images, donor, place)
         middle_target, after_target = self._targets(streams, layer)
-        flow, x = _flow(self.converted, streams), streams.converted
+        flow, x = _flow(self.converted, streams.layouts), streams.converted
         flow.slots.setdefault(donor, MapSlot(reuses=1))
         for i in range(donor, layer):
             x = flow.run(i, x)
@@ -121,6 +143,21 @@ class Lockstep:
             map=taps["map"],
         )
 
+    @torch.no_grad()
+    def group(self, images: Tensor, group: Sequence[int]) -> GroupPass:
+        """The pass of a batch of images up to a group: a donor and the layers that share its map.
+
+        Args:
+            images: as for ``run``.
+            group: of the conversion's schedule.
+        """
+        streams = self._advanced(images, group[0], None)
+        flow, x, goals = Flow(self.original), streams.original, []
+        for layer in group:
+            x = flow.run(layer, x)
+            goals.append(self._pooled(x, layer, streams.layouts))
+        return GroupPass(streams.converted, goals, streams.layouts)
+
     def _advanced(self, images: Tensor, layer: int, place: int | None) -> _Streams:
         before = None if place is None else self._kept.pop(place, None)
         if before is None or before.layer > layer:
@@ -129,7 +166,7 @@ class Lockstep:
             layouts = self.converted.layouts(tokens.shape[1]) if pools else []
             before = _Streams(0, tokens, tokens, layouts)
         original, converted = before.original, before.converted
-        flow, changed = Flow(self.original), _flow(self.converted, before)
+        flow, changed = Flow(self.original), _flow(self.converted, before.layouts)
         for i in range(before.layer, layer):
             original = flow.run(i, original)
             converted = original if i < self.first_changed else changed.run(i, converted)
@@ -166,17 +203,20 @@ class Lockstep:
             x = flow.run(i, x)
         with _tapped(self.original.block(layer)) as taps:
             after = flow.run(layer, x)
-        middle = taps["middle"]
+        layouts = streams.layouts
+        return self._pooled(taps["middle"], layer, layouts), self._pooled(after, layer, layouts)
+
+    def _pooled(self, x: Tensor, layer: int, layouts: list[Layout]) -> Tensor:
+        """The original's tokens of a layer, as few as the conversion has there."""
         for i in range(self.converted.stages[layer]):
-            pool, layout = self.converted.pool(i), streams.layouts[i]
-            (middle, _), (after, _) = pool.reduce(middle, layout), pool.reduce(after, layout)
-        return middle, after
+            x, _ = self.converted.pool(i).reduce(x, layouts[i])
+        return x
 
 
-def _flow(stack: Stack, streams: _Streams) -> Flow:
+def _flow(stack: Stack, layouts: list[Layout]) -> Flow:
     flow = Flow(stack)
-    if streams.layouts:  # the tokens may be fewer than those that the layouts are of
-        flow.layouts = streams.layouts
+    if layouts:  # the tokens may be fewer than those that the layouts are of
+        flow.layouts = layouts
     return flow
 
 

@@ -31,6 +31,10 @@ Progress = Callable[[str, float], AbstractContextManager[Any]]
 RIDGES = (1e-2, 1e-3, 1e-1, 1.0)
 
 
+#: How many patch tokens a prefix token counts for, if nobody says so.
+PREFIX_WEIGHT = 10.0
+
+
 class RankDeficientWarning(UserWarning):
     """The images don't determine a fit; the ridge leaves what they don't say as it was."""
 
@@ -44,7 +48,7 @@ def calibrate(
     dims: Literal[1, 2] = 2,
     size_bias: bool = True,
     ridge: float | None = None,
-    prefix_weight: float = 10.0,
+    prefix_weight: float = PREFIX_WEIGHT,
     batch: int = 32,
     progress: Progress = console_progress,
 ) -> tuple[Model, Report]:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   psvit distill vit_tiny_patch16_224 --weights vit.safetensors --images photos/ \\
-      --plan plan.json --steps 500 --output tuned.json
+      --plan plan.json --output tuned.json
   psvit accelerate vit_tiny_patch16_224 --weights vit.safetensors --plan tuned.json
 
-The model is its own teacher. It works on --device, and stops early where a quarter of the images,
-held out, show nothing more is gained.
+The model is its own teacher. Each part (a layer that attends with those that share its map) learns
+in turn, on --device; where a quarter of the images, held out, show no gain, it is put back.
 """
 
 
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", type=Path, required=True, metavar="FILE.json", help="what to start from"
     )
     parser.add_argument(
-        "--steps", type=positive, default=500, metavar="N", help="at most (default: 500)"
+        "--steps", type=positive, default=200, metavar="N", help="of each part (default: 200)"
     )
     parser.add_argument(
-        "--batch", type=positive, default=16, metavar="N", help="images of a step (default: 16)"
+        "--batch", type=positive, default=32, metavar="N", help="images of a step (default: 32)"
     )
-    parser.add_argument("--lr", type=float, default=2e-4, metavar="X", help="(default: 2e-4)")
+    parser.add_argument("--lr", type=float, default=1e-3, metavar="X", help="(default: 1e-3)")
     parser.add_argument(
         "--tune", default="all", choices=("all", "norms"), help="parameters (default: all)"
     )
@@ -85,13 +85,17 @@ def run(args: argparse.Namespace) -> int:
 def _show(name: str, plan: Plan, output: Path) -> None:
     found = plan.found["distillation"]
     rows = [
-        (str(row["step"]), f"{row['kl']:.3f}", f"{row['agreement']:.1%}")
+        (
+            f"layer {row['layer']}" if row["layer"] else "start",
+            f"{row['kl']:.3f}",
+            f"{row['agreement']:.1%}",
+            "" if row["kept"] else "put back",
+        )
         for row in found["history"]
     ]
     print_tables(
-        table(f"{name} learns from itself", ("step", "KL", "agreement"), rows),
-        "KL(original || converted) in nats and top-1 agreement, on the images held out; the best "
-        "weights are kept.",
+        table(f"{name} learns from itself", ("up to", "KL", "agreement", ""), rows),
+        "KL(original || converted) in nats and top-1 agreement, on the images held out.",
         f"Took {found['seconds']:.0f} s. Written to {output}: psvit accelerate {name} --plan "
         f"{output} measures it.",
     )

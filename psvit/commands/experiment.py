@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=positive, default=300, metavar="N", help="to fit to (default: 300)"
     )
     convert.add_argument(
-        "--steps", type=int, default=300, metavar="N", help="of distillation (default: 300)"
+        "--steps", type=int, default=200, metavar="N", help="of distilling a part (default: 200)"
     )
     for one in (shapes, convert):
         one.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")

@@ -1,10 +1,10 @@
-"""``distill``: some hundred steps in which a converted model learns from its original."""
+"""``distill``: a converted model learns from its original, part by part. No labels."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,18 +15,20 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..accelerate import accelerate
+from ..block import Block
+from ..calibrate.lockstep import GroupPass, Lockstep
+from ..calibrate.run import PREFIX_WEIGHT
 from ..console import progress as console_progress
 from ..numbers import check_number
 from ..planning.plan import Plan
 from ..planning.score import Held, split
 from ..schedule import ATTEND
 from .augment import augmented
-from .loss import Distance
 
 Progress = Callable[[str, float], AbstractContextManager[Any]]
 
-#: Looks at the images held out in a run, and how many in a row may be worse than the best one.
-LOOKS, PATIENCE = 20, 6
+#: Batches of images that are run up to a part at a time, and how often each is learnt from then.
+BATCHES, TIMES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,17 @@ class Distillation:
     """How a converted model learns.
 
     Args:
-        steps: of AdamW, at most; fewer where it stops getting better.
+        steps: of AdamW, for each part: a layer that attends, with those that share its map.
         batch: images of a step.
-        lr: highest learning rate; a tenth of the steps is warm-up, then it falls as a cosine.
+        lr: highest learning rate of each part; a tenth of its steps is warm-up, then it falls as a
+            cosine.
         tune: "all" parameters in use, or only "norms" and biases.
         seed: of order and changes of the images.
     """
 
-    steps: int = 500
-    batch: int = 16
-    lr: float = 2e-4
+    steps: int = 200
+    batch: int = 32
+    lr: float = 1e-3
     tune: Literal["all", "norms"] = "all"
     seed: int = 0
 
@@ -68,17 +71,21 @@ def distill(
 ) -> Plan:
     """A plan whose weights have learnt from the original model. No labels.
 
-    The loss is KL(original || converted) of the classes plus the mean over layers of the tokens'
-    relative squared difference, on cut, mirrored and mixed images. A quarter of the images, the
-    same that ``psvit.plan`` holds out, is only looked at: the weights with the lowest KL there are
-    the result, those of the start among them.
+    From the first layer that the schedule changes on, each part in turn (a layer that attends with
+    those that share its map) learns to give the original's tokens, put through the same pools,
+    from what the parts before it give. The images are cut, mirrored and mixed. Few images are
+    enough, as every token is an example; and a step runs few layers.
+
+    A quarter of the images, the same that ``psvit.plan`` holds out, is only looked at: a part that
+    doesn't lower KL(original || converted) there is put back as it was. (A plan that was fitted to
+    these images too, as by ``psvit.calibrate``, looks better at the start than it is.)
 
     Args:
         model: the original, on the device to work on.
         plan: for it.
         images: `(B, channels, height, width)`, normalised as the model expects.
         how: None: the defaults of ``Distillation``.
-        output: folder for ``last.pt``, written at each look at the images held out.
+        output: folder for ``last.pt``, written every few steps.
         resume: go on from there: it ends with the same weights, on a CPU bit for bit.
         progress: makes progress bars.
 
@@ -86,6 +93,9 @@ def distill(
         ValueError: a plan for another model, too few images; with ``resume`` no state to go on
             from, or one that was made otherwise; without it an ``output`` that has a checkpoint.
         FloatingPointError: the loss became infinite or no number.
+
+    Source: that a network of which parts were changed learns best part by part, from few images:
+    block reconstruction, as in BRECQ (arXiv 2102.05426).
     """
     if resume and output is None:
         raise ValueError("output: got None, expected the folder to go on from")
@@ -94,15 +104,13 @@ def distill(
     if state:
         student.restore(state)
     start = time.perf_counter()
-    with progress("distilling", student.how.steps - student.step) as step:
-        while not student.finished:
-            student.update()
-            step(1)
-            if student.step % student.every == 0 or student.step == student.how.steps:
-                student.look()
-                if output is not None:
-                    output.mkdir(parents=True, exist_ok=True)
-                    checkpoint.save(output, "distillation", student.state())
+    with progress("distilling", student.left) as step:
+        while student.left:
+            for _ in student.round():
+                step(1)
+            if output is not None:
+                output.mkdir(parents=True, exist_ok=True)
+                checkpoint.save(output, "distillation", student.state())
     return student.plan(time.perf_counter() - start)
 
 
@@ -111,41 +119,71 @@ class Student:
 
     def __init__(self, model: nn.Module, plan: Plan, images: Tensor, how: Distillation) -> None:
         self.how, self.source, self.original = how, plan, model
-        fitted, held_out = split(images)
-        self.images = fitted
-        self.model = plan.apply(model).train()
+        self.images, held_out = split(images)
+        self.model = plan.apply(model).eval()
         teacher = copy.deepcopy(model).requires_grad_(False)
-        depth = len(plan.schedule.kinds)
-        self.distance = Distance(
-            accelerate(teacher, ATTEND * depth, inplace=True).eval(), self.model
-        )
+        attends = ATTEND * plan.schedule.depth
+        self.lockstep = Lockstep(accelerate(teacher, attends, inplace=True).eval(), self.model)
+        self.stack = self.lockstep.converted
+        first = self.lockstep.first_changed
+        self.parts = [group for group in plan.schedule.groups if group[0] >= first]
         self.held = Held(model, held_out)
-        tuned = _tuned(self.model, how.tune)
-        self.optimizer = torch.optim.AdamW(tuned, lr=how.lr, weight_decay=0.0)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, how.lr, total_steps=how.steps + 1, pct_start=0.1, cycle_momentum=False
-        )
-        self.tuned = tuned
-        self.every = max(1, how.steps // LOOKS)
-        self.step = self.bad = 0
-        self.history: list[dict[str, float]] = []
-        self.look()
+        self.part = self.step = 0
+        score = self.held.score(self.model)
+        self.history: list[dict[str, Any]] = [{"layer": 0, "kept": True, **asdict(score)}]
+        self._begin()
 
     @property
-    def finished(self) -> bool:
-        """All steps are made, or the last looks brought nothing."""
-        return self.step >= self.how.steps or self.bad >= PATIENCE
+    def left(self) -> int:
+        """Steps."""
+        return (len(self.parts) - self.part) * self.how.steps - self.step
 
-    def update(self) -> None:
-        """One step, whose images depend on its number alone."""
-        generator = torch.Generator().manual_seed(self.how.seed * 1_000_003 + self.step)
-        chosen = torch.randperm(len(self.images), generator=generator)[: self.how.batch]
+    def _begin(self) -> None:
+        """Makes ready for the first step of a part."""
+        self.best = copy.deepcopy(self.model.state_dict())
+        if self.part == len(self.parts):
+            return
+        blocks = [self.stack.block(layer) for layer in self.parts[self.part]]
+        self.tuned = _tuned(blocks, self.how.tune)
+        self.optimizer = torch.optim.AdamW(self.tuned, lr=self.how.lr, weight_decay=0.0)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            self.how.lr,
+            total_steps=self.how.steps + 1,
+            pct_start=0.1,
+            cycle_momentum=False,
+        )
+
+    def round(self) -> Iterator[None]:
+        """Some steps of a part, whose images depend on the number of the first of them alone."""
+        seed = (self.how.seed * 1_000 + self.part) * 1_000_003 + self.step
+        generator = torch.Generator().manual_seed(seed)
+        left = self.how.steps - self.step
+        passes = [self._pass(generator) for _ in range(min(BATCHES, left))]
+        turns = [torch.randperm(len(passes), generator=generator) for _ in range(TIMES)]
+        for number in torch.cat(turns)[:left].tolist():
+            self._update(passes[number])
+            yield
+        if self.step == self.how.steps:
+            self._look()
+            self.part, self.step = self.part + 1, 0
+            self._begin()
+
+    def _pass(self, generator: torch.Generator) -> GroupPass:
+        chosen = torch.randint(len(self.images), (self.how.batch,), generator=generator)
         images = augmented(self.images[chosen].to(self._device), generator)
         with self._autocast():
-            kl, tokens = self.distance(images)
-        loss = kl + tokens
+            return self.lockstep.group(images, self.parts[self.part])
+
+    def _update(self, seen: GroupPass) -> None:
+        part, prefix = self.parts[self.part], self.stack.prefix
+        with self._autocast():
+            outputs = seen.outputs(self.stack, part)
+        pairs = zip(outputs, seen.goals, strict=True)
+        loss = torch.stack([token_error(x, goal, prefix) for x, goal in pairs]).mean()
         if not loss.isfinite():
-            raise FloatingPointError(f"loss: is {loss.item()} in step {self.step + 1}")
+            layers = f"layers {part[0] + 1} to {part[-1] + 1}"
+            raise FloatingPointError(f"loss: is {loss.item()} in step {self.step + 1} of {layers}")
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.tuned, 1.0)
@@ -153,15 +191,14 @@ class Student:
         self.scheduler.step()
         self.step += 1
 
-    def look(self) -> None:
-        """Scores the model on the images held out, and keeps it if it is the best so far."""
+    def _look(self) -> None:
+        """Scores the model on the images held out; what is no gain is undone."""
         score = self.held.score(self.model)
-        if not self.history or score.kl < min(row["kl"] for row in self.history):
-            self.best = copy.deepcopy(self.model.state_dict())
-            self.bad = 0
-        else:
-            self.bad += 1
-        self.history.append({"step": self.step, **asdict(score)})
+        kept = score.kl < min(row["kl"] for row in self.history)
+        if not kept:
+            self.model.load_state_dict(self.best)
+        layer = self.parts[self.part][-1] + 1
+        self.history.append({"layer": layer, "kept": kept, **asdict(score)})
 
     @property
     def _device(self) -> torch.device:
@@ -171,17 +208,20 @@ class Student:
         cuda = self._device.type == "cuda"
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=cuda)
 
+    def _settings(self) -> dict[str, Any]:
+        return {**asdict(self.how), "schedule": self.source.schedule.text}
+
     def state(self) -> dict[str, Any]:
         """All of it, for ``checkpoint.save``."""
         return {
-            "distillation": {**asdict(self.how), "schedule": self.source.schedule.text},
+            "settings": self._settings(),
             "model": self.model.state_dict(),
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "history": self.history,
+            "part": self.part,
             "step": self.step,
-            "bad": self.bad,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -190,17 +230,18 @@ class Student:
         Raises:
             ValueError: of a distillation with other settings (listed).
         """
-        if other := checkpoint.differences(state["distillation"], self.state()["distillation"]):
+        other = checkpoint.differences(state["settings"], self._settings())
+        if other:
             raise ValueError(f"resume: the run was made otherwise: {'; '.join(other)}")
+        self.part, self.step, self.history = state["part"], state["step"], state["history"]
+        self._begin()
         self.model.load_state_dict(state["model"])
+        self.best = state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.best, self.history = state["best"], state["history"]
-        self.step, self.bad = state["step"], state["bad"]
 
     def plan(self, seconds: float) -> Plan:
         """The plan with the best weights."""
-        self.model.load_state_dict(self.best)
         best = min(self.history, key=lambda row: row["kl"])
         measured = {name: best[name] for name in ("agreement", "kl")}
         about = {**asdict(self.how), "history": self.history, "seconds": round(seconds, 1)}
@@ -208,7 +249,21 @@ class Student:
         return self.source.with_weights(self.original, self.model, found)
 
 
-def _tuned(model: nn.Module, which: str) -> list[nn.Parameter]:
+def token_error(found: Tensor, wanted: Tensor, prefix: int) -> Tensor:
+    """Weighted sum of squared differences of tokens, relative to that of the wanted ones.
+
+    Args:
+        found, wanted: `(B, M, C)`.
+        prefix: number of tokens that count ``PREFIX_WEIGHT`` times.
+    """
+    weights = torch.ones(wanted.shape[1], 1, device=wanted.device)
+    weights[:prefix] = PREFIX_WEIGHT
+    wanted = wanted.float()
+    squares = (found.float() - wanted).square() * weights
+    return squares.sum() / (wanted.square() * weights).sum()
+
+
+def _tuned(blocks: list[Block], which: str) -> list[nn.Parameter]:
     """Parameters to learn: those of norms and biases have one dimension."""
-    used = [p for p in model.parameters() if p.requires_grad]
+    used = [p for block in blocks for p in block.parameters() if p.requires_grad]
     return used if which == "all" else [p for p in used if p.dim() == 1]

@@ -60,14 +60,14 @@ class Settings:
             ``labels.csv``.
         seeds: random subsets of the images that may be fitted to.
         images: in each subset.
-        steps: of each distillation; 0: none.
+        steps: of each part in a distillation; 0: none.
         device: "cpu" or "cuda".
     """
 
     data: str
     seeds: int = 3
     images: int = 300
-    steps: int = 300
+    steps: int = 200
     device: str = "cpu"
 
     def common(self) -> dict[str, Any]:
