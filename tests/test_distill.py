@@ -11,10 +11,9 @@ from surroundings import interrupted, silent
 
 import psvit
 from psvit.calibrate import calibrate
-from psvit.distill import Distillation, distill
-from psvit.distill.augment import augmented
 from psvit.calibrate.lockstep import Lockstep
-from psvit.distill import run
+from psvit.distill import Distillation, distill, run
+from psvit.distill.augment import augmented
 from psvit.distill.run import Student, token_error
 from psvit.planning.plan import Plan
 
