@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import psvit
-from psvit.calibrate import RankDeficientWarning, Report, calibrate
+from psvit.calibrate import RankDeficientWarning, Report, calibrate, correction
 from psvit.calibrate.correction import MLPFit, OutputFit, ValueFit
 from psvit.calibrate.lockstep import Lockstep
 from psvit.stack import find_stack
@@ -192,6 +192,18 @@ def test_a_normed_output_leaves_v_as_it_is() -> None:
     fast, report = fitted(model, "ASAA", images(20, 3, 32, 32))
     assert [fit.part for fit in report.fits] == ["output projection", "last linear of the MLP"]
     assert torch.equal(fast.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
+
+
+def test_a_fit_that_would_be_too_large_leaves_v_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm_vit()
+    heads, width = model.blocks[0].attn.num_heads, model.embed_dim
+    for most, part in (
+        (heads * width, "V and output projection"),
+        (heads * width - 1, "output projection"),
+    ):
+        monkeypatch.setattr(correction, "MOST_FEATURES", most)
+        _, report = fitted(model, "ASAA", images(12, 3, 32, 32))
+        assert [fit.part for fit in report.fits] == [part, "last linear of the MLP"]
 
 
 def test_an_mlp_of_another_kind_is_left_alone_and_named() -> None:

@@ -225,6 +225,19 @@ def test_too_few_images_are_refused_before_anything_is_measured(model, images, b
         plan(model, images[:3], budget, progress=silent)
 
 
+@pytest.mark.parametrize("pools", [1, 2])
+def test_the_least_number_of_images_is_told_right(model, images, pools):
+    options = dict(budget="flops<=1", pools=pools, longest=2, progress=silent)
+    with pytest.raises(
+        ValueError, match=r"^images: got 4, expected at least \d+, so that"
+    ) as error:
+        plan(model, images[:4], **options)
+    least = int(str(error.value).split("at least ")[1].split(",")[0])
+    with pytest.raises(ValueError, match=f"got {least - 1}, expected at least {least}, so that"):
+        plan(model, images[: least - 1], **options)
+    plan(model, images[:least], **options)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -17,6 +17,11 @@ from ..block import Block
 from .lockstep import LayerPass
 from .ridge import LeastSquares, low_rank
 
+#: Of a fit of V and output projection together, which takes time that grows with their cube. For
+#: ViT-B (9216) that would be many minutes a layer, to gain a few percent over the output
+#: projection alone.
+MOST_FEATURES = 2560
+
 
 class Correction(ABC):
     """A part of a layer that is fitted.
@@ -151,9 +156,10 @@ class ValueFit(Correction):
 
     @staticmethod
     def fits(block: Block) -> bool:
-        """Whether a layer's output is linear in V, with a bias that can be fitted."""
+        """Whether a layer's output is linear in V, with a bias, and the problem isn't too large."""
         attention = block.attention_layer
-        return attention.finishes_linearly and attention.output_projection.bias is not None
+        linear = attention.finishes_linearly and attention.output_projection.bias is not None
+        return linear and attention.num_heads * attention.values[0].shape[1] <= MOST_FEATURES
 
     @property
     def features(self) -> int:

@@ -56,14 +56,16 @@ def calibrate(
 
     No labels, no gradients. Layer by layer, with the earlier ones corrected already, those that
     share, and the first after each pool, get the V, output projection and last MLP linear that
-    bring their tokens nearest to the original's (put through the same pools). All goes into
+    bring their tokens nearest to the original's (put through the same pools); where H heads times
+    width C are more than ``MOST_FEATURES`` (ViT-B and larger), V stays as it is. All goes into
     weights that the layers have: the result is what ``psvit.accelerate`` gives, with other numbers
     in it, and costs nothing more when it runs.
 
     Twice for each of these layers the images are run through both models, a batch at a time. What
-    is kept doesn't grow with their number: sums of products in float64, 16 (H C)^2 bytes for a
-    layer of H heads and width C; and 0.5 GiB of tokens at most, so that of up to about 2000
-    images (ViT-Tiny) or 500 (ViT-Base) each layer is run few times.
+    is kept doesn't grow with their number: sums of products in float64, at most 16 n^2 bytes where
+    n is the larger of H C (if V is fitted) and the MLP's hidden width; and 0.5 GiB of tokens at
+    most, so that of up to about 2000 images (ViT-Tiny) or 500 (ViT-Base) each layer is run few
+    times.
 
     Args:
         model, schedule, pool, dims, size_bias: as for ``psvit.accelerate``; the model is copied.
@@ -222,18 +224,41 @@ def _check_above_zero(**numbers: float) -> None:
             raise ValueError(f"{name}: got {value!r}, expected a number above 0")
 
 
-def _check_enough(lockstep: Lockstep, corrections: list[Correction], source: Images) -> None:
-    """Raises unless the images fitted to have as many tokens as any fit has parameters."""
-    first, _ = next(iter(source))
-    tokens = lockstep.embed(first[:1]).shape[1]
+def fewest_images(
+    model: nn.Module,
+    schedule: str | Schedule,
+    image: Tensor,
+    *,
+    pool: Kind = "stride",
+    dims: Literal[1, 2] = 2,
+    size_bias: bool = True,
+) -> int:
+    """How many images ``calibrate`` needs at least, those that it holds out among them.
+
+    Args:
+        model, schedule, pool, dims, size_bias: as for ``calibrate``.
+        image: one, `(1, channels, height, width)`.
+    """
+    fast, original = _both(model, schedule, pool, dims, size_bias)
+    lockstep = Lockstep(original, fast)
+    return _fewest(lockstep, _corrections(lockstep.converted)[0], image)
+
+
+def _fewest(lockstep: Lockstep, corrections: list[Correction], image: Tensor) -> int:
+    """So many that those not held out have as many tokens as any fit has parameters."""
     stack = lockstep.converted
-    layouts = stack.layouts(tokens)
+    layouts = stack.layouts(lockstep.embed(image).shape[1])
     needed = 1
     for correction in corrections:
         each = layouts[stack.stages[correction.block.layer]].tokens
         needed = max(needed, math.ceil((correction.features + 1) / each))
-    if source.fitted < needed:
-        least = needed + (needed - 1) // (HOLD_OUT - 1)
+    return needed + (needed - 1) // (HOLD_OUT - 1)
+
+
+def _check_enough(lockstep: Lockstep, corrections: list[Correction], source: Images) -> None:
+    first, _ = next(iter(source))
+    least = _fewest(lockstep, corrections, first[:1])
+    if source.count < least:
         raise ValueError(
             f"images: got {source.count}, expected at least {least}, so that the tokens of those "
             f"not held out are as many as the parameters of a fit"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .. import adapters
-from ..calibrate import Report, calibrate
+from ..calibrate import Report, calibrate, fewest_images
 from ..console import progress as console_progress
 from ..outputs import has_classes
 from ..pooling import Kind
@@ -19,11 +19,11 @@ from .budget import Budget
 from .costs import Conversion, LayerCosts, flops, latency
 from .front import Losses, Scored, front
 from .plan import Plan
-from .score import Held, Score, split
+from .score import HOLD_OUT, Held, Score, split
 
 Progress = Callable[[str, float], AbstractContextManager[Any]]
 
-#: Images that single changes are fitted on: enough to tell them apart.
+#: Images that single changes are fitted on, if a fit needs no more: enough to tell them apart.
 FEW = 64
 #: Schedules that are run, after what is predicted of them.
 TRIES = 4
@@ -76,13 +76,13 @@ def plan(
     if not has_classes(model):
         raise ValueError(f"model: got a {type(model).__name__} without classes, expected some")
     planner = Planner(model, images, how, progress)
+    losses = planner.losses(depth, pools=pools, longest=longest)
     if wanted.measure == "latency":
         few = images[:latency_batch].to(next(model.parameters()).device)
         with progress("measuring latencies", 1) as step:
             costs = latency(model, how, depth, few, pools=pools, step=step)
     else:
         costs = flops(model, how, depth, pools=pools)
-    losses = planner.losses(depth, pools=pools, longest=longest)
     found = front(depth, losses, costs, pools=pools)
     if wanted.measure == "top1_agreement":
         chosen = planner.cheapest(found, wanted)
@@ -130,16 +130,34 @@ class Planner:
         self.tried: list[Tried] = []
 
     def losses(self, depth: int, *, pools: int, longest: int) -> Losses:
-        """KL of each single change."""
+        """KL of each single change.
+
+        Raises:
+            ValueError: too few images for a fit after so many pools.
+        """
+        few = self._few(depth, pools)
         groups = [(a, k) for k in range(2, longest + 1) for a in range(depth - k + 1)]
         places = list(range(1, depth)) if pools else []
         with self.progress("single changes", len(groups) + len(places)) as step:
-            shared = {group: self._single(_group(depth, *group), step) for group in groups}
-            pooled = {place: self._single(_pooled(depth, place), step) for place in places}
+            shared = {group: self._single(_group(depth, *group), few, step) for group in groups}
+            pooled = {place: self._single(_pooled(depth, place), few, step) for place in places}
         return Losses(shared, pooled)
 
-    def _single(self, schedule: Schedule, step: Callable[[float], object]) -> float:
-        converted, _ = self._made(schedule, self.images[:FEW])
+    def _few(self, depth: int, pools: int) -> Tensor:
+        """Images for single changes: as many as a fit needs where the fewest tokens are left."""
+        start = (ATTEND + POOL) * pools or ATTEND + SHARE
+        schedule = Schedule(start + ATTEND * (depth - len(start.replace(POOL, ""))))
+        fewest = fewest_images(self.model, schedule, self.images[:1], **asdict(self.how))
+        if len(self.images) < fewest:
+            least = fewest + (fewest - 1) // (HOLD_OUT - 1)
+            raise ValueError(
+                f"images: got {len(self.images) + len(self.held.images)}, expected at least "
+                f"{least}, so that those not held out are enough for a fit after {pools} pools"
+            )
+        return self.images[: max(FEW, fewest)]
+
+    def _single(self, schedule: Schedule, images: Tensor, step: Callable[[float], object]) -> float:
+        converted, _ = self._made(schedule, images)
         step(1)
         return self.held.score(converted).kl
 
