@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import print_tables, say, short, table
 from .common import BadInputError, add_json, bad_input, need, one_line, positive, print_json
+from .interrupt import Interrupt
 
 if TYPE_CHECKING:
-    from ..search.run import Search
+    from ..search.run import Progress, Search
     from ..search.space import SearchSpace
     from ..train.sources import Source
 
@@ -98,11 +99,12 @@ def run(args: argparse.Namespace) -> int:
     need("train", "timm", "torchvision", "sklearn", "matplotlib")
     from ..train.sources import CorruptImageError
 
-    with bad_input():
-        search = _prepared(args)
-    _say_space(search.space)
     try:
-        results = search.run()
+        with Interrupt() as interrupt:
+            with bad_input():
+                search = _prepared(args, interrupt.progress)
+            _say_space(search.space)
+            results = search.run()
     except (CorruptImageError, FloatingPointError, OSError) as error:
         say(f"psvit search: error: {one_line(error)}")
         return 1
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prepared(args: argparse.Namespace) -> Search:
+def _prepared(args: argparse.Namespace, progress: Progress) -> Search:
     """What the options say, over what the search to go on with says."""
     import torch
 
@@ -139,7 +141,15 @@ def _prepared(args: argparse.Namespace) -> Search:
         torch.set_num_threads(threads)
     data = held_out_data(source, Loading(size, options["batch"], args.workers, settings.seed))
     about = {"data": options["data"], "batch": options["batch"]}
-    return Search(space, data, settings, args.output, about=about, resume=args.resume)
+    return Search(
+        space,
+        data,
+        settings,
+        args.output,
+        about=about,
+        resume=args.resume,
+        progress=progress,
+    )
 
 
 def _space(args: argparse.Namespace, source: Source, before: dict[str, Any] | None) -> SearchSpace:

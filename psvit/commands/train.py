@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import add_json, bad_input, need, one_line, print_json
+from .interrupt import Interrupt
 
 EXAMPLES = """\
 examples:
@@ -56,9 +57,10 @@ def run(args: argparse.Namespace) -> int:
         config = Config.of(_values(args))
     last = Path(config.output) / NAME
     try:
-        with ExitStack() as stack:
+        with Interrupt() as interrupt, ExitStack() as stack:
             with bad_input():
-                trainer = stack.enter_context(prepared(config, resume=args.resume))
+                preparing = prepared(config, resume=args.resume, progress=interrupt.progress)
+                trainer = stack.enter_context(preparing)
             trainer.train()
     except (LossError, CorruptImageError, OSError) as error:
         say(f"psvit train: error: {one_line(error)}{_kept(last)}")
