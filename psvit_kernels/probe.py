@@ -8,15 +8,11 @@ earlier or fixed assumptions serve; ``Rates.origin`` says which.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import platform
 import statistics
-import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from . import storage
 
 
 class Rates(NamedTuple):
@@ -87,9 +85,9 @@ def rates(device: torch.device | str, *, may_measure: bool = True) -> Rates:
             try:
                 found, origin = _measure(device), "measured just now"
             except RuntimeError as error:  # no memory left, a device in an error state
-                _warn(f"the rates of {key} could not be measured: {error}")
+                storage.warn_once(f"the rates of {key} could not be measured: {error}")
                 return _known.setdefault(key, _assumed(device, "measuring failed"))
-            _keep(key, found)
+            storage.keep("rates", key, found)
         copy, exp, float32, bfloat16, float16 = (found[name] for name in _MEASURED)
         memory = _memory(device)
         _known[key] = Rates(copy, exp, float32, bfloat16, float16, memory, f"{origin}: {key}")
@@ -245,27 +243,9 @@ def _sample_gpu(work: Work) -> float:
 # --- keeping ------------------------------------------------------------------------------------
 
 
-def cache_file() -> Path:
-    """Where measured rates are kept.
-
-    Raises:
-        RuntimeError: nobody knows where this user's files are.
-    """
-    asked = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(asked):  # the specification wants others ignored
-        folder = Path(asked)
-    elif sys.platform == "win32":
-        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        folder = Path.home() / "Library" / "Caches"
-    else:
-        folder = Path.home() / ".cache"
-    return folder / "psvit" / "rates.json"
-
-
 def kept(device: torch.device | str) -> dict[str, float] | None:
     """What was measured on this device earlier, by this or another process; measures nothing."""
-    entry = _read().get(device_key(torch.device(device)))
+    entry = storage.read("rates").get(device_key(torch.device(device)))
     if not isinstance(entry, dict) or not all(_is_rate(entry.get(name)) for name in _MEASURED):
         return None
     return {name: float(entry[name]) for name in _MEASURED}
@@ -273,40 +253,3 @@ def kept(device: torch.device | str) -> dict[str, float] | None:
 
 def _is_rate(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
-
-
-def _read() -> dict[str, object]:
-    try:
-        content = json.loads(cache_file().read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-        return content
-    except FileNotFoundError:
-        return {}
-    except (OSError, RuntimeError, ValueError) as error:
-        _warn(f"kept rates could not be read ({error}); they are measured again")
-        return {}
-
-
-def _keep(key: str, found: dict[str, float]) -> None:
-    """Renames a whole file into place: who reads it meanwhile sees the old or the new one."""
-    try:
-        path = cache_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({**_read(), key: found}, indent=1)
-        handle, new = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(content)
-            os.replace(new, path)
-        except OSError:
-            os.unlink(new)
-            raise
-    except (OSError, RuntimeError) as error:
-        _warn(f"measured rates could not be kept ({error}); every process measures them again")
-
-
-@cache
-def _warn(text: str) -> None:
-    """Once for each text."""
-    warnings.warn(f"psvit_kernels: {text}", stacklevel=4)

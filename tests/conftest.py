@@ -30,7 +30,7 @@ from forced_providers import (  # noqa: E402
 from inputs import F16  # noqa: E402
 from surroundings import MEASURED, threads  # noqa: E402
 
-from psvit_kernels import probe, registry  # noqa: E402
+from psvit_kernels import probe, registry, storage  # noqa: E402
 from psvit_kernels.triton import interpreting  # noqa: E402
 
 #: Another number gives every test other random inputs.
@@ -171,7 +171,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of its own, in a process that knows no rates and isn't deterministic."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(probe, "_known", {})
-    probe._warn.cache_clear()
+    storage.warn_once.cache_clear()
     torch.use_deterministic_algorithms(False)  # conftest sets it again
     return tmp_path
 

@@ -58,11 +58,12 @@ def test_on_another_machine_it_is_measured_again(made, monkeypatch, what):
 
 @pytest.mark.parametrize("text", ['{"cpu": {"a', "[1]", "\0"], ids=["cut", "list", "noise"])
 def test_a_damaged_file_is_measured_again(made, cache_folder, text):
-    file = cache_folder / "psvit" / "latency.json"
+    file = cache_folder / "psvit" / "latencies.json"
     file.parent.mkdir()
     file.write_text(text)
     with pytest.warns(
-        UserWarning, match="^kept latencies can't be read .*; they are measured again"
+        UserWarning,
+        match=r"^psvit_kernels: kept latencies could not be read .*; they are measured",
     ):
         first = medians(made, "a")
     assert medians(made, "a") == first and made == ["a"]
@@ -71,7 +72,7 @@ def test_a_damaged_file_is_measured_again(made, cache_folder, text):
 @pytest.mark.parametrize("value", [None, "fast", -1.0, float("nan"), True, [1.0]])
 def test_an_entry_that_is_no_time_is_measured_again(made, cache_folder, value):
     first = medians(made, "a", "b")
-    file = cache_folder / "psvit" / "latency.json"
+    file = cache_folder / "psvit" / "latencies.json"
     (key,) = json.loads(file.read_text())
     for damaged in (value, {**first, "a": value}):
         file.write_text(json.dumps({key: damaged}))
@@ -79,10 +80,11 @@ def test_an_entry_that_is_no_time_is_measured_again(made, cache_folder, value):
     assert made == ["a", "b", "a", "a"]
 
 
-@pytest.mark.filterwarnings("ignore:kept latencies can't be read")
+@pytest.mark.filterwarnings("ignore:psvit_kernels. kept latencies could not be read")
 def test_a_folder_that_can_not_be_written_is_a_warning(made, cache_folder):
     (cache_folder / "psvit").write_text("a file")
     with pytest.warns(
-        UserWarning, match="latencies can't be kept .*; they are measured every time"
+        UserWarning,
+        match=r"measured latencies could not be kept .*; every process measures them",
     ):
         assert medians(made, "a")["a"] > 0

@@ -20,7 +20,7 @@ from inputs import BF16
 from surroundings import MEASURED
 
 import psvit_kernels as pk
-from psvit_kernels import choice, info, probe
+from psvit_kernels import choice, info, probe, storage
 from psvit_kernels.probe import Rates
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -60,7 +60,7 @@ def test_other_threads_are_another_machine(cache_folder: Path, probed: list) -> 
         torch.set_num_threads(before)
     probe.rates("cpu")
     assert probed == [CPU, CPU]
-    assert len(json.loads(probe.cache_file().read_text())) == 2
+    assert len(json.loads(storage.file_of("rates").read_text())) == 2
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_other_threads_are_another_machine(cache_folder: Path, probed: list) -> 
 )
 @pytest.mark.filterwarnings("ignore:psvit_kernels. kept rates could not be read")
 def test_a_corrupt_cache_is_measured_again(cache_folder, probed, content: bytes) -> None:
-    path = probe.cache_file()
+    path = storage.file_of("rates")
     path.parent.mkdir()
     path.write_bytes(content.replace(b"%s", probe.device_key(CPU).encode()))
     assert probe.rates("cpu").copy == MEASURED["copy"] and probed == [CPU]
@@ -89,7 +89,7 @@ def test_a_corrupt_cache_is_measured_again(cache_folder, probed, content: bytes)
 
 
 def test_a_corrupt_cache_is_one_warning(cache_folder: Path, probed: list) -> None:
-    path = probe.cache_file()
+    path = storage.file_of("rates")
     path.parent.mkdir()
     path.write_text("{")
     with pytest.warns(UserWarning, match="kept rates could not be read") as caught:
@@ -119,7 +119,7 @@ def test_a_cache_that_cannot_be_written_is_one_warning(
 
 
 def test_nothing_is_left_behind_where_renaming_fails(cache_folder: Path, probed: list) -> None:
-    probe.cache_file().mkdir(parents=True)  # a folder where the file should be
+    storage.file_of("rates").mkdir(parents=True)  # a folder where the file should be
     with pytest.warns(UserWarning, match="could not be"):
         probe.rates("cpu")
     assert [path.name for path in (cache_folder / "psvit").iterdir()] == ["rates.json"]
@@ -149,13 +149,13 @@ def test_where_rates_are_kept(
     monkeypatch.delenv("LOCALAPPDATA", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setattr(sys, "platform", system)
-    assert probe.cache_file() == tmp_path / folder / "psvit" / "rates.json"
+    assert storage.file_of("rates") == tmp_path / folder / "psvit" / "rates.json"
 
 
 def _keep_many(folder: str, name: str) -> None:
     os.environ["XDG_CACHE_HOME"] = folder
     for i in range(100):
-        probe._keep(f"{name}{i % 2}", MEASURED)
+        storage.keep("rates", f"{name}{i % 2}", MEASURED)
 
 
 def test_two_processes_write_at_once(cache_folder: Path) -> None:
@@ -167,10 +167,10 @@ def test_two_processes_write_at_once(cache_folder: Path) -> None:
         writer.start()
     while any(writer.is_alive() for writer in writers):
         time.sleep(0.01)
-        content = probe._read()  # a warning, if half of a file is seen, fails the test
+        content = storage.read("rates")  # a warning, if half of a file is seen, fails the test
         assert all(entry == MEASURED for entry in content.values())
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert probe._read()
+    assert storage.read("rates")
     assert [path.name for path in (cache_folder / "psvit").iterdir()] == ["rates.json"]
 
 
@@ -184,7 +184,7 @@ def test_measuring_that_fails_is_one_warning(
     with pytest.warns(UserWarning, match="could not be measured: no memory") as caught:
         assert probe.rates("cpu").origin.endswith("measuring failed")
         assert probe.rates("cpu").origin.endswith("measuring failed")
-    assert len(caught) == 1 and not probe.cache_file().exists()
+    assert len(caught) == 1 and not storage.file_of("rates").exists()
 
 
 def test_deterministic_mode_freezes_the_choice(cache_folder: Path, probed: list) -> None:

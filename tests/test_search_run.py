@@ -182,7 +182,7 @@ def test_latency_as_the_limit(tmp_path, monkeypatch):
     rows = results["evaluated"]["evolution"]
     assert max(row["latency_ms"] for row in rows) <= results["limit"]
     before = kept(tmp_path / "a")
-    (tmp_path / "cache" / "psvit" / "latency.json").unlink()
+    (tmp_path / "cache" / "psvit" / "latencies.json").unlink()
     search(tmp_path / "a", settings, resume=True).run()
     assert kept(tmp_path / "a") == before and len(measured) == len(first.table.entries)
 
