@@ -110,7 +110,7 @@ def test_of_those_that_are_tried_the_one_that_loses_least_is_chosen(made, model,
     planner = run.Planner(model, images, Conversion(), silent)
     candidates = front_of(made)[::-1][:2]  # most is lost by the cheapest
     chosen = planner.best(candidates)
-    losses = [one.score.kl for one in planner.tried]
+    losses = [one["kl"] for one in planner.tried]
     assert chosen.predicted == candidates[1] and losses[1] < losses[0], losses
 
 

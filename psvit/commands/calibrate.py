@@ -8,7 +8,7 @@ from pathlib import Path
 from ..console import print_tables
 from . import models
 from .common import add_json, bad_input, print_json, writing
-from .plan import add_output, check
+from .plan import add_output, add_pool, check
 
 EXAMPLES = """\
 examples:
@@ -23,12 +23,7 @@ psvit plan chooses the schedule too.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
     parser.add_argument("--schedule", required=True, metavar="TEXT", help='such as "AASA|ASSS"')
-    parser.add_argument(
-        "--pool",
-        default="stride",
-        choices=("avg", "stride", "max"),
-        help="how tokens are pooled (default: stride)",
-    )
+    add_pool(parser)
     add_output(parser)
     add_json(parser)
 

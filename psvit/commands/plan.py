@@ -34,12 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help='"flops<=0.7", "latency<=0.7" (of the model\'s own) or "top1_agreement>=0.98"',
     )
-    parser.add_argument(
-        "--pool",
-        default="stride",
-        choices=("avg", "stride", "max"),
-        help="how tokens are pooled (default: stride)",
-    )
+    add_pool(parser)
     parser.add_argument(
         "--pools", type=int, default=1, choices=(0, 1, 2), help="at most so many (default: 1)"
     )
@@ -48,6 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_output(parser)
     add_json(parser)
+
+
+def add_pool(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pool",
+        default="stride",
+        choices=("avg", "stride", "max"),
+        help="how tokens are pooled (default: stride)",
+    )
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -122,13 +122,11 @@ def check(settings: Settings, output: Path) -> None:
 
 def _rows(found: Mapping[str, list[Found]]) -> list[dict[str, Any]]:
     """One a model, its numbers over the seeds."""
-    per_seed = [
-        {name: row for arm in found.values() for name, row in arm[seed]["rows"].items()}
-        for seed in range(len(found["closed form"]))
-    ]
-    for rows in per_seed:
-        for row in rows.values():
-            row["under"] = rows["original"]["accuracy"] - row["accuracy"]
+    per_seed = []
+    for seed, first in enumerate(found["closed form"]):
+        best = first["rows"]["original"]["accuracy"]
+        rows = (item for arm in found.values() for item in arm[seed]["rows"].items())
+        per_seed.append({name: {**row, "under": best - row["accuracy"]} for name, row in rows})
     models = [name for name in per_seed[0] if ", " not in name]
     names = sorted(per_seed[0], key=lambda name: models.index(name.partition(", ")[0]))
     return [_over_seeds(name, [rows[name] for rows in per_seed]) for name in names]

@@ -127,7 +127,7 @@ class Planner:
         self.model, self.how, self.progress = model, how, progress
         self.images, held_out = split(images)
         self.held = Held(model, held_out)
-        self.tried: list[Tried] = []
+        self.tried: list[dict[str, Any]] = []  # rows, no models: a person may try many
 
     def losses(self, depth: int, *, pools: int, longest: int) -> Losses:
         """KL of each single change.
@@ -164,8 +164,8 @@ class Planner:
     def best(self, candidates: list[Scored]) -> Tried:
         """Of some candidates that which loses least when it is made."""
         with self.progress("best schedules", len(candidates)) as step:
-            tried = [self._tried(candidate, step) for candidate in candidates]
-        return min(tried, key=lambda one: one.score.kl)
+            tried = (self._tried(candidate, step) for candidate in candidates)
+            return min(tried, key=lambda one: one.score.kl)
 
     def cheapest(self, found: list[Scored], budget: Budget) -> Tried:
         """The cheapest of a front whose agreement meets the budget, by bisection."""
@@ -185,8 +185,8 @@ class Planner:
         converted, report = self._made(candidate.schedule, self.images)
         step(1)
         score = self.held.score(converted)
-        self.tried.append(Tried(candidate, converted, score, report.left_alone))
-        return self.tried[-1]
+        self.tried.append({**_row(candidate), **asdict(score)})
+        return Tried(candidate, converted, score, report.left_alone)
 
     def _made(self, schedule: Schedule, images: Tensor) -> tuple[nn.Module, Report]:
         how = asdict(self.how)
@@ -210,7 +210,7 @@ class Planner:
             "left_alone": [[layer, why] for layer, why in chosen.left_alone.items()],
             "held_out_images": len(self.held.images),
             "images": len(self.images),
-            "tried": [{**_row(tried.predicted), **asdict(tried.score)} for tried in self.tried],
+            "tried": self.tried,
             "front": [_row(scored) for scored in predicted],
             "groups": [[a, k, kl] for (a, k), kl in losses.groups.items()],
             "pools": [[place, kl] for place, kl in losses.pools.items()],
