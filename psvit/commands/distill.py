@@ -1,4 +1,4 @@
-"""Let a planned conversion learn from its original model: some hundred steps, no labels."""
+"""Let a planned conversion learn from its original model, part by part: no labels."""
 
 from __future__ import annotations
 

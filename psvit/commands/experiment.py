@@ -24,9 +24,9 @@ init: what structured initialisation gains on few handwritten digits, and how mu
 the position embedding gains alone. shapes: DeiT's shape, PSViT-1D and PSViT-2D at equal FLOPs, on
 all handwritten digits or on images of 32 x 32. search: what evolution finds, beside as many random
 candidates and a schedule written by hand, on digits. convert: what a trained ViT-Tiny keeps when
-layers share maps, in closed form and distilled; it needs weights and images in --data, and an hour.
-The others take some minutes on two cores (with digits); nothing is downloaded. The folder keeps
-each run as soon as it is finished: the same command goes on where it was stopped.
+layers share maps, in closed form and distilled; it needs weights and images in --data, and takes
+longest. The others take some minutes on two cores (with digits); nothing is downloaded. The folder
+keeps each run as soon as it is finished: the same command goes on where it was stopped.
 """
 
 
