@@ -50,6 +50,7 @@ def test_the_plan_that_comes_back_has_the_best_weights(model, images):
     student = Student(model, planned(model), images, HOW)
     score = student.held.score(plan.apply(model))
     assert score.kl == pytest.approx(plan.found["measured"]["kl"], rel=1e-6)
+    assert "distilled, 20 steps a part" in str(plan)
 
 
 def test_a_part_that_gains_nothing_is_put_back(model, images):

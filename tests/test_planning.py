@@ -244,10 +244,11 @@ def test_the_least_number_of_images_is_told_right(model, images, pools):
         (lambda f: (f / "plan.json").unlink(), "plan.json: No such file"),
         (lambda f: (f / "plan.json").write_text("{"), "plan.json: not a plan"),
         (lambda f: (f / "plan.json").write_text("{}"), "plan.json: not a plan of psvit"),
+        (lambda f: (f / "plan.json").write_text('{"form": 1}'), "plan.json: not a whole plan"),
         (lambda f: (f / "plan.safetensors").unlink(), "plan.safetensors: not the weights"),
         (lambda f: (f / "plan.safetensors").write_bytes(b"x"), "plan.safetensors: not the weights"),
     ],
-    ids=["missing", "cut", "foreign", "no weights", "damaged weights"],
+    ids=["missing", "cut", "foreign", "fields missing", "no weights", "damaged weights"],
 )
 def test_a_damaged_plan_is_refused_by_the_name_of_its_file(made, tmp_path, spoil, message):
     made.save(tmp_path / "plan.json")

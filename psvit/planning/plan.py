@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate
 from ..console import table, text_of
-from ..files import whole_file
+from ..files import whole_folder
 from ..pooling import Kind
 from ..schedule import Schedule
 
@@ -143,15 +143,13 @@ class Plan:
         if "budget" in self.found:
             remarks.insert(0, f"for {self.found['budget']}")
             if self.schedule.pools and not self.schedule.shared:
-                remarks.append("no layer shares: pooling alone loses less")
+                remarks.append("no layer shares: pooling alone did best")
         measured = self.found.get("measured")
         if measured:
             score = f"KL {measured['kl']:.3f}, agreement {measured['agreement']:.1%}"
             remarks.append(f"{score} on images held out")
         if "distillation" in self.found:
-            remarks.append(
-                f"distilled for {self.found['distillation']['history'][-1]['step']} steps"
-            )
+            remarks.append(f"distilled, {self.found['distillation']['steps']} steps a part")
         return "; ".join(remarks)
 
     def _left_alone(self) -> list[str]:
@@ -171,8 +169,7 @@ class Plan:
         path = _json(path)
         from safetensors.torch import save_file
 
-        with whole_file(path.with_suffix(".safetensors")) as work:
-            save_file({name: value.contiguous() for name, value in self.corrections.items()}, work)
+        weights = {name: value.contiguous() for name, value in self.corrections.items()}
         fields = {
             "form": FORM,
             "schedule": self.schedule.text,
@@ -182,8 +179,10 @@ class Plan:
             "found": self.found,
             "shapes": self.shapes,
         }
-        with whole_file(path) as work:
-            work.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        with whole_folder(path.parent) as work:  # neither without the other
+            save_file(weights, work / path.with_suffix(".safetensors").name)
+            text = json.dumps(fields, indent=1) + "\n"
+            (work / path.name).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -201,10 +200,13 @@ class Plan:
             raise ValueError(f"{path}: not a plan: {error}") from error
         if not isinstance(fields, dict) or fields.pop("form", None) != FORM:
             raise ValueError(f"{path}: not a plan of psvit, or one of another version")
-        shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
-        schedule = Schedule(fields.pop("schedule"))
         corrections = _tensors(path.with_suffix(".safetensors"))
-        return cls(schedule=schedule, corrections=corrections, shapes=shapes, **fields)
+        try:
+            shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
+            schedule = Schedule(fields.pop("schedule"))
+            return cls(schedule=schedule, corrections=corrections, shapes=shapes, **fields)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a whole plan of psvit: {error!r}") from error
 
 
 def _json(path: str | Path) -> Path:
