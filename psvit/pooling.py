@@ -72,7 +72,7 @@ class GridPool(nn.Module):
         """
         pooled, _ = token_pool(
             x,
-            self._grid(layout),
+            self.grid(layout),
             prefix=layout.prefix,
             kind=self.kind,
             kernel=self.kernel,
@@ -107,7 +107,7 @@ class GridPool(nn.Module):
         """
         axes = []
         step = None if self.kind == "stride" else (self.kernel, self.padding)
-        for n in self._grid(layout):
+        for n in self.grid(layout):
             axis = torch.zeros(n, self._side(n), dtype=torch.float64)
             for i, owners in enumerate(_owners(n, self.stride, step)):
                 axis[i, owners] = 1 / len(owners)
@@ -122,7 +122,7 @@ class GridPool(nn.Module):
     def matrix(self, layout: Layout) -> Tensor:
         """The weights of the average (or choice) that each pooled cell is: float64, `(M, N)`."""
         axes = []
-        for n in self._grid(layout):
+        for n in self.grid(layout):
             axis = torch.zeros(self._side(n), n, dtype=torch.float64)
             for i in range(self._side(n)):
                 start = i * self.stride - self.padding
@@ -133,7 +133,7 @@ class GridPool(nn.Module):
 
     def reduced(self, layout: Layout) -> Layout:
         """What the tokens are once they were pooled; sizes are kept track of if ``layout`` does."""
-        grid = self._grid(layout)
+        grid = self.grid(layout)
         reduced = tuple(self._side(n) for n in grid)
         sizes = layout.sizes
         if sizes is not None:
@@ -145,7 +145,8 @@ class GridPool(nn.Module):
             sizes = sizes[: layout.prefix] + spread(cells, grid, reduced, self.stride, step)
         return Layout(layout.prefix, reduced, sizes)
 
-    def _grid(self, layout: Layout) -> tuple[int, ...]:
+    def grid(self, layout: Layout) -> tuple[int, ...]:
+        """Of the cells as the pool takes them: (h, w), or (n,) for a pool of the sequence."""
         if len(layout.grid) == self.dims:
             return layout.grid
         if self.dims == 1:
@@ -157,7 +158,7 @@ class GridPool(nn.Module):
 
     def _expand_conv(self, cells: Tensor, layout: Layout) -> Tensor:
         assert self.weight is not None
-        grid = self._grid(layout)
+        grid = self.grid(layout)
         image = cells.transpose(1, 2).unflatten(2, [self._side(n) for n in grid])
         transposed = F.conv_transpose1d if self.dims == 1 else F.conv_transpose2d
         sides = [self._side(n) for n in grid]

@@ -68,7 +68,8 @@ def test_flops_of_layers_sum_to_those_of_the_model(make, schedule):
     schedule = psvit.Schedule(schedule)
     whole = schedule.flops(network, pool=how.pool)
     plain = psvit.Schedule("AAAA").flops(network)
-    assert flops(network, how, 4, pools=2).of(schedule) == pytest.approx(whole / plain)
+    # Exact but for the pool's own products.
+    assert flops(network, how, 4, pools=2).of(schedule) == pytest.approx(whole / plain, rel=2e-3)
 
 
 def test_layer_costs_come_from_differences_of_whole_models():
@@ -116,8 +117,8 @@ def test_of_those_that_are_tried_the_one_that_loses_least_is_chosen(made, model,
 
 def test_a_plan_keeps_its_budget_and_says_what_it_found(made, model):
     assert made.found["cost"] <= 0.8
-    ratio = made.schedule.flops(model, pool="stride") / psvit.Schedule("AAAA").flops(model)
-    assert made.found["cost"] == pytest.approx(ratio)
+    ratio = made.schedule.flops(model, pool="conv") / psvit.Schedule("AAAA").flops(model)
+    assert made.found["cost"] == pytest.approx(ratio, rel=2e-3)
     assert made.found["held_out_images"] == 15 and made.found["images"] == 45
     best = min(made.found["tried"], key=lambda one: one["kl"])
     assert best["schedule"] == made.schedule.text
@@ -132,7 +133,7 @@ def test_a_plan_goes_through_files_into_a_fresh_model(made, model, images, tmp_p
     fresh = hosts.timm_vit()
     want, got = (p.apply(m)(images) for p, m in ((made, model), (again, fresh)))
     assert torch.equal(got, want), f"largest difference {(got - want).abs().max()}"
-    assert not torch.equal(got, psvit.accelerate(fresh, made.schedule, pool="stride")(images))
+    assert not torch.equal(got, psvit.accelerate(fresh, made.schedule, pool="conv")(images))
 
 
 def test_a_plan_for_another_model_names_what_differs(made):
@@ -154,13 +155,13 @@ def test_agreement_as_budget_gives_a_plan_that_agrees(model, images):
     model = copy.deepcopy(model)
     with torch.no_grad():
         model.head.bias -= model(images).mean(0)  # so that not all images are of one class
-    found = plan(model, images, "top1_agreement>=0.9", progress=silent)
-    assert found.found["measured"]["agreement"] >= 0.9
+    found = plan(model, images, "top1_agreement>=0.85", progress=silent)
+    assert found.found["measured"]["agreement"] >= 0.85
     agreements = {one["schedule"]: one["agreement"] for one in found.found["tried"]}
-    assert found.found["cost"] < 1 and agreements[found.schedule.text] >= 0.9
+    assert found.found["cost"] < 1 and agreements[found.schedule.text] >= 0.85
     ordered = [one.schedule for one in front_of(found)]
     cheaper = ordered[ordered.index(found.schedule) + 1]
-    assert agreements[cheaper.text] < 0.9
+    assert agreements[cheaper.text] < 0.85
 
 
 @pytest.mark.parametrize("budget", ["flops<=0.99", "latency<=1"])
@@ -210,7 +211,7 @@ def test_latency_is_measured_again_where_it_may_be_another(
         "dtype": lambda: hosts.timm_vit().double(),
     }.get(change, lambda: model)()
     same = images[: 2 if change == "batch" else 1].to(next(other.parameters()).dtype)
-    how = Conversion("avg" if change == "pool" else "stride")
+    how = Conversion("avg" if change == "pool" else "conv")
     if change in ("nothing", "weights"):
         assert latency(other, how, 4, same, pools=1) == before
     else:

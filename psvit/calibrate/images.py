@@ -48,6 +48,14 @@ class Images:
             yield few, places % HOLD_OUT == HOLD_OUT - 1
             start += len(few)
 
+    def first(self, count: int) -> Iterator[Tensor]:
+        """Batches of the first images, so many at most."""
+        for few in self._few():
+            if count <= 0:
+                return
+            yield few[:count]
+            count -= len(few)
+
     def _few(self) -> Iterator[Tensor]:
         for images in self.batches:
             if not isinstance(images, Tensor):

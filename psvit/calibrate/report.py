@@ -12,6 +12,7 @@ from ..console import table
 class Fit:
     """One fit of one layer.
 
+    What it was worth is told on images held out; the layer's weights are fitted to those too then.
     Errors are weighted sums of squared differences between the tokens after the fitted part and
     the original's, relative to that of the original's tokens; earlier layers are corrected already.
 
@@ -35,6 +36,27 @@ class Fit:
     kept: bool
 
 
+@dataclass(frozen=True)
+class PoolFit:
+    """A learned pool as it was chosen: see ``psvit.calibrate.pools``.
+
+    Args:
+        layer: before which it stands, counted from 0.
+        token: place in the cell of the token that is blended, along each axis.
+        average: part of the cell's average in the blend.
+        scale: what the taps sum to, so that pooled tokens have the root mean square of the others.
+        distance: of the model's outputs from the original's while every layer attends:
+            KL(original || converted) in nats, or the relative squared error of a model without
+            classes; on the images that it was chosen by.
+    """
+
+    layer: int
+    token: tuple[int, ...]
+    average: float
+    scale: float
+    distance: float
+
+
 @dataclass
 class Report:
     """What ``calibrate`` did.
@@ -43,6 +65,7 @@ class Report:
         schedule: its text.
         images, held_out: number of images fitted to, and of those held out.
         fits: in the order in which they were made.
+        pools: learned ones.
         left_alone: for layers (from 0) that the schedule changes, but of which a part couldn't be
             fitted, why.
     """
@@ -51,6 +74,7 @@ class Report:
     images: int
     held_out: int
     fits: list[Fit] = field(default_factory=list)
+    pools: list[PoolFit] = field(default_factory=list)
     left_alone: dict[int, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,10 +94,18 @@ class Report:
         title = f"{self.schedule}: error of the tokens, {self.images} images"
         header = ("layer", "part", "before", "after", "held out: before", "after")
         made = table(title, header, rows, left=2)
-        made.caption = "\n".join(
+        left_alone = (
             f"layer {layer + 1} left alone: {why}" for layer, why in self.left_alone.items()
         )
+        made.caption = "\n".join((*map(_described, self.pools), *left_alone))
         return made
+
+
+def _described(pool: PoolFit) -> str:
+    return (
+        f"pool before layer {pool.layer + 1}: {1 - pool.average:.0%} of token {pool.token}, "
+        f"{pool.average:.0%} of the cell's average, times {pool.scale:.3f}"
+    )
 
 
 def _errors(fit: Fit) -> tuple[float | None, ...]:

@@ -57,6 +57,13 @@ class LeastSquares:
         self.square += (squares if weights is None else squares * weights.double()).sum()
         self.rows += len(x)
 
+    def join(self, other: LeastSquares) -> None:
+        """Adds the rows of another problem of the same size."""
+        self.gram += other.gram
+        self.cross += other.cross
+        self.square += other.square
+        self.rows += other.rows
+
     def error(self, parameters: Tensor) -> float:
         """Weighted sum of squared residuals of any parameters."""
         residual = (self.gram @ parameters - 2 * self.cross).mul_(parameters).sum() + self.square

@@ -20,6 +20,7 @@ from ..stack import Stack, find_stack
 from .correction import Correction, MLPFit, OutputFit, ValueFit
 from .images import HOLD_OUT, Images
 from .lockstep import Lockstep
+from .pools import MOST_IMAGES, fit_pools, tries
 from .report import Fit, Report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,7 +45,7 @@ def calibrate(
     schedule: str | Schedule,
     images: Tensor | Iterable[Tensor],
     *,
-    pool: Kind = "stride",
+    pool: Kind = "conv",
     dims: Literal[1, 2] = 2,
     size_bias: bool = True,
     ridge: float | None = None,
@@ -54,12 +55,14 @@ def calibrate(
 ) -> tuple[Model, Report]:
     """Converts a trained model, and refits in closed form the layers that this changes.
 
-    No labels, no gradients. Layer by layer, with the earlier ones corrected already, those that
-    share, and the first after each pool, get the V, output projection and last MLP linear that
-    bring their tokens nearest to the original's (put through the same pools); where H heads times
-    width C are more than ``MOST_FEATURES`` (ViT-B and larger), V stays as it is. All goes into
-    weights that the layers have: the result is what ``psvit.accelerate`` gives, with other numbers
-    in it, and costs nothing more when it runs.
+    No labels, no gradients. A learned pool ("conv") becomes a blend of one token of each cell of
+    2 x 2 and the cell's average, scaled to the tokens' root mean square; which one is decided by
+    the outputs. Then, layer by layer, with the earlier ones corrected already, those that share get
+    the V, output projection and last MLP linear that bring their tokens nearest to the original's
+    (put through the same pools), the first after each pool V and output projection; where H heads
+    times width C are more than ``MOST_FEATURES`` (ViT-B and larger), V stays as it is. All goes
+    into weights that the layers have: the result is what ``psvit.accelerate`` gives, with other
+    numbers in it, and costs nothing more when it runs.
 
     Twice for each of these layers the images are run through both models, a batch at a time. What
     is kept doesn't grow with their number: sums of products in float64, at most 16 n^2 bytes where
@@ -71,7 +74,8 @@ def calibrate(
         model, schedule, pool, dims, size_bias: as for ``psvit.accelerate``; the model is copied.
         images: `(B, channels, height, width)`, normalised as the model expects, or batches of
             them that can be read again and again in the same order: a list, a DataLoader that
-            gives tensors and doesn't shuffle. One in ten is held out.
+            gives tensors and doesn't shuffle. One in ten is held out while it is decided how and
+            whether a layer is corrected; the weights are fitted to all then.
         ridge: how strongly the fits are pulled towards the old weights, as a part of the mean of
             the features' squared norms. None: for each fit, of ``RIDGES`` the one with the
             smallest error on the images held out.
@@ -99,11 +103,16 @@ def calibrate(
     fast, original = _both(model, schedule, pool, dims, size_bias)
     lockstep = Lockstep(original, fast)
     source = Images(images, batch)
+    how = {"pool": pool, "dims": dims, "size_bias": size_bias}
     with _in_eval_mode(fast):
-        corrections, left_alone = _corrections(lockstep.converted)
+        stack = lockstep.converted
+        corrections, left_alone = _corrections(stack)
         _check_enough(lockstep, corrections, source)
+        learned = stack.schedule.pools if pool == "conv" else ()
+        runs = len(learned) * tries(dims) * min(source.count, MOST_IMAGES)
         fits, missing = [], 0
-        with progress("calibrating", max(1, len(corrections) * source.count)) as step:
+        with progress("calibrating", max(1, len(corrections) * source.count + runs)) as step:
+            pools = fit_pools(model, original, stack, source, how, step) if learned else []
             for correction in corrections:
                 fit, rank = _fit(correction, lockstep, source, ridges, prefix_weight, step)
                 fits.append(fit)
@@ -116,8 +125,7 @@ def calibrate(
             stacklevel=2,
         )
     held_out = source.count - source.fitted
-    schedule = lockstep.converted.schedule
-    return fast, Report(str(schedule), source.fitted, held_out, fits, left_alone)
+    return fast, Report(str(stack.schedule), source.fitted, held_out, fits, pools, left_alone)
 
 
 def _both(
@@ -142,7 +150,11 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _corrections(stack: Stack) -> tuple[list[Correction], dict[int, str]]:
-    """What to fit, in order, and why something that ought to be fitted can't be."""
+    """What to fit, in order, and why something that ought to be fitted can't be.
+
+    After a pool the MLP stays as it is: fitted too, it brought the tokens nearer to the original's
+    and the outputs further from them.
+    """
     found: list[Correction] = []
     left_alone: dict[int, list[str]] = {}
     for layer, kind in enumerate(stack.schedule.kinds):
@@ -150,7 +162,7 @@ def _corrections(stack: Stack) -> tuple[list[Correction], dict[int, str]]:
             continue
         block = stack.block(layer)
         attention = ValueFit if ValueFit.fits(block) else OutputFit
-        for part in (attention, MLPFit):
+        for part in (attention, MLPFit) if kind == SHARE else (attention,):
             try:
                 found.append(part(block))
             except ValueError as error:
@@ -202,9 +214,6 @@ def _fit(
     errors = [judge.error(parameters) for parameters in found]
     best = errors.index(min(errors))
     kept = errors[best] < judge.error(start)
-    if kept:
-        with torch.no_grad():
-            correction.write(found[best])
     fit = Fit(
         layer,
         correction.part,
@@ -215,6 +224,10 @@ def _fit(
         errors[best] if judge is held_out else None,
         kept,
     )
+    if kept:
+        fitted.problem.join(held_out.problem)
+        with torch.no_grad():
+            correction.write(correction.solve(fitted.problem, tried[best]))
     return fit, rank
 
 
@@ -229,7 +242,7 @@ def fewest_images(
     schedule: str | Schedule,
     image: Tensor,
     *,
-    pool: Kind = "stride",
+    pool: Kind = "conv",
     dims: Literal[1, 2] = 2,
     size_bias: bool = True,
 ) -> int:

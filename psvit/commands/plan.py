@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_pool(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pool",
-        default="stride",
-        choices=("avg", "stride", "max"),
-        help="how tokens are pooled (default: stride)",
+        default="conv",
+        choices=("conv", "avg", "stride", "max"),
+        help="how tokens are pooled (default: conv, whose weights are fitted)",
     )
 
 

@@ -144,7 +144,7 @@ class StagePool(GridPool):
 
     def _cells(self, layout: Layout) -> Layout:
         """What is pooled, as a layout without prefix tokens."""
-        return Layout(0, (layout.tokens,) if self.inside else self._grid(layout))
+        return Layout(0, (layout.tokens,) if self.inside else self.grid(layout))
 
     def _pool(self, x: Tensor, grid: tuple[int, ...], norm: nn.LayerNorm | None) -> Tensor:
         after: dict[str, Any] = {}

@@ -24,7 +24,7 @@ from ..timing import waiting
 class Conversion:
     """How a model is converted, apart from its schedule: see ``psvit.accelerate``."""
 
-    pool: Kind = "stride"
+    pool: Kind = "conv"
     dims: Literal[1, 2] = 2
     size_bias: bool = True
 
@@ -42,7 +42,8 @@ class Conversion:
 class LayerCosts:
     """Parts of the cost of the original model, so that those of its own layers sum to 1.
 
-    What isn't in a layer (embedding, head) is spread evenly over them.
+    What isn't in a layer (embedding, head) is spread evenly over them; what a pool costs itself,
+    little, over as many layers as came after it when that was found out.
 
     Args:
         attends, shares: by the number of pools before the layer.

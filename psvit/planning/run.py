@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def plan(
     images: Tensor,
     budget: str,
     *,
-    pool: Kind = "stride",
+    pool: Kind = "conv",
     dims: Literal[1, 2] = 2,
     size_bias: bool = True,
     pools: int = 1,
@@ -48,7 +48,8 @@ def plan(
     on a few images, and scored by KL(original || converted) on images held out of all fits. Sums of
     these predict what a schedule loses, sums over its layers what it costs; dynamic programming
     finds the front of both, and the best few within the budget are made, corrected on all images
-    but those held out, and scored. The one that did best is the plan.
+    but those held out, and scored. The one that did best is the plan, corrected once more on all
+    images.
 
     Args:
         model: from timm, transformers or torchvision, with a classifier.
@@ -88,7 +89,7 @@ def plan(
         chosen = planner.cheapest(found, wanted)
     else:
         chosen = planner.best(within(found, wanted))
-    return planner.plan(chosen, wanted, losses, costs, found)
+    return planner.plan(planner.refitted(chosen), wanted, losses, costs, found)
 
 
 def within(found: list[Scored], budget: Budget) -> list[Scored]:
@@ -125,6 +126,7 @@ class Planner:
         self, model: nn.Module, images: Tensor, how: Conversion, progress: Progress
     ) -> None:
         self.model, self.how, self.progress = model, how, progress
+        self.every = images
         self.images, held_out = split(images)
         self.held = Held(model, held_out)
         self.tried: list[dict[str, Any]] = []  # rows, no models: a person may try many
@@ -145,8 +147,8 @@ class Planner:
 
     def _few(self, depth: int, pools: int) -> Tensor:
         """Images for single changes: as many as a fit needs where the fewest tokens are left."""
-        start = (ATTEND + POOL) * pools or ATTEND + SHARE
-        schedule = Schedule(start + ATTEND * (depth - len(start.replace(POOL, ""))))
+        last = (ATTEND + SHARE)[: depth - pools]
+        schedule = Schedule((ATTEND + POOL) * pools + last + ATTEND * (depth - pools - len(last)))
         fewest = fewest_images(self.model, schedule, self.images[:1], **asdict(self.how))
         if len(self.images) < fewest:
             least = fewest + (fewest - 1) // (HOLD_OUT - 1)
@@ -180,6 +182,13 @@ class Planner:
                 else:
                     high = middle - 1
         return best or self._tried(found[0], lambda part: None)
+
+    def refitted(self, tried: Tried) -> Tried:
+        """The same schedule, corrected on all images; its score stays what it was before."""
+        with self.progress("fitting to all images", 1) as step:
+            converted, _ = self._made(tried.predicted.schedule, self.every)
+            step(1)
+        return replace(tried, model=converted)
 
     def _tried(self, candidate: Scored, step: Callable[[float], object]) -> Tried:
         converted, report = self._made(candidate.schedule, self.images)
