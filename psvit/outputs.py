@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -30,6 +31,16 @@ def kl_divergence(scores: Tensor, reference: Tensor, temperature: float = 1.0) -
     """
     log_q, log_p = ((x / temperature).log_softmax(1) for x in (scores, reference))
     return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def distance_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """How far outputs are from the original's: KL, or where a model has no classes the squared
+    error relative to them; called with the outputs and the original's, `(B, n)`."""
+    return kl_divergence if has_classes(model) else _relative_error
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    return (found - wanted).square().sum() / wanted.square().sum()
 
 
 def has_classes(model: nn.Module) -> bool:

@@ -213,6 +213,23 @@ class Lockstep:
         return x
 
 
+@contextmanager
+def entered(stack: Stack, layer: int, tokens: Tensor) -> Iterator[None]:
+    """Until it ends, layers before the given one, counted from 0, don't run: it gets these tokens.
+
+    With the number of layers: what comes after the last one.
+    """
+    skipped = [stack.block(i) for i in range(layer)]
+    for block in skipped:
+        block.forward = lambda x, **options: x  # type: ignore[assignment]
+    skipped[-1].forward = lambda x, **options: tokens  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for block in skipped:
+            del block.forward
+
+
 def _flow(stack: Stack, layouts: list[Layout]) -> Flow:
     flow = Flow(stack)
     if layouts:  # the tokens may be fewer than those that the layouts are of

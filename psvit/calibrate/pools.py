@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..accelerate import accelerate
-from ..outputs import has_classes, kl_divergence, logits_of
+from ..outputs import distance_of, logits_of
 from ..schedule import ATTEND, POOL, Schedule
 from ..stack import Stack, find_stack
 from .images import Images
-from .lockstep import Lockstep
+from .lockstep import Lockstep, entered
 from .report import PoolFit
 
 #: Parts that a cell's average may have in the blend; the first while the token is chosen.
@@ -117,7 +116,7 @@ class _Trial:
         seen = [lockstep.group(few, (layer,)) for few in images]
         self.tokens, self.layout = [one.tokens for one in seen], seen[0].layouts[-2]
         self.wanted = [self._scores(original, few) for few in images]
-        self.distance = kl_divergence if has_classes(pooled) else _relative_error
+        self.distance = distance_of(pooled)
 
     def best(self) -> PoolFit:
         """What was chosen; the pool has it then."""
@@ -133,7 +132,7 @@ class _Trial:
     def _tried(self, blend: Blend) -> PoolFit:
         scale, total = self._put(blend), 0.0
         for few, tokens, wanted in zip(self.images, self.tokens, self.wanted, strict=True):
-            with _entered(find_stack(self.model), self.layer, tokens):
+            with entered(find_stack(self.model), self.layer, tokens):
                 found = self._scores(self.model, few)
             total += len(few) * float(self.distance(found, wanted))
             self.step(len(few))
@@ -156,23 +155,5 @@ class _Trial:
         return logits_of(model(images.to(next(self.model.parameters())))).double()
 
 
-@contextmanager
-def _entered(stack: Stack, layer: int, tokens: Tensor) -> Iterator[None]:
-    """Until it ends, layers before the given one don't run: it gets these tokens."""
-    skipped = [stack.block(i) for i in range(layer)]
-    for block in skipped:
-        block.forward = lambda x, **options: x  # type: ignore[assignment]
-    skipped[-1].forward = lambda x, **options: tokens  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for block in skipped:
-            del block.forward
-
-
 def _distance(fit: PoolFit) -> float:
     return fit.distance
-
-
-def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    return (found - wanted).square().sum() / wanted.square().sum()

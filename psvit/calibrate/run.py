@@ -88,7 +88,8 @@ def calibrate(
         The converted model, in the mode (train or eval) of the given one, and what was done to it.
 
     Raises:
-        ValueError: as ``psvit.accelerate``; too few images to fit; images that the model refuses.
+        ValueError: as ``psvit.accelerate``; too few images to fit; images that the model refuses,
+            or that give infinite tokens.
         TypeError: images that aren't tensors, or that can be read only once.
 
     Warns:
@@ -206,6 +207,8 @@ def _fit(
             if chosen.any():
                 sample.add(*(t[chosen.to(t.device)] for t in (*rows, weights)))
         step(len(images))
+    if not (fitted.problem.square + held_out.problem.square).isfinite():
+        raise ValueError(f"images: layer {layer + 1} gives tokens that are no finite numbers")
     start, rank = correction.start(), fitted.problem.rank()
     judge = held_out if held_out.problem.rows else fitted
     # Judged on what it was fitted to, the weakest pull would always look best.

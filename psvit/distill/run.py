@@ -5,58 +5,23 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
 from ..accelerate import accelerate
-from ..block import Block
-from ..calibrate.lockstep import GroupPass, Lockstep
-from ..calibrate.run import PREFIX_WEIGHT
+from ..calibrate import calibrate
 from ..console import progress as console_progress
-from ..numbers import check_number
 from ..planning.plan import Plan
 from ..planning.score import Held, split
 from ..schedule import ATTEND
-from .augment import augmented
+from .student import Distillation, Student, parts_of
 
 Progress = Callable[[str, float], AbstractContextManager[Any]]
-
-#: Batches of images that are run up to a part at a time, and how often each is learnt from then.
-BATCHES, TIMES = 8, 4
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """How a converted model learns.
-
-    Args:
-        steps: of AdamW, for each part: a layer that attends, with those that share its map.
-        batch: images of a step.
-        lr: highest learning rate of each part; a tenth of its steps is warm-up, then it falls as a
-            cosine.
-        tune: "all" parameters in use, or only "norms" and biases.
-        seed: of order and changes of the images.
-    """
-
-    steps: int = 200
-    batch: int = 32
-    lr: float = 1e-3
-    tune: Literal["all", "norms"] = "all"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_number("steps", self.steps, least=1)
-        check_number("batch", self.batch, least=1)
-        if not self.lr > 0:
-            raise ValueError(f"lr: got {self.lr}, expected more than 0")
-        if self.tune not in ("all", "norms"):
-            raise ValueError(f'tune: got "{self.tune}", expected "all" or "norms"')
 
 
 def distill(
@@ -71,15 +36,14 @@ def distill(
 ) -> Plan:
     """A plan whose weights have learnt from the original model. No labels.
 
-    From the first layer that the schedule changes on, each part in turn (a layer that attends with
-    those that share its map) learns to give the original's tokens, put through the same pools,
-    from what the parts before it give. The images are cut, mirrored and mixed. How many
-    images it takes to gain much isn't known: with 225, a ViT-Tiny of which four layers share gained
-    with one schedule, and nothing with another, whose correction had left less to learn.
+    In turn, each group of layers that share a map learns to give the original's tokens, from what
+    the layers before it give; then, if tokens are pooled, all layers after the first pool learn to
+    give its outputs. The images are cut, mirrored and mixed.
 
-    A quarter of the images, the same that ``psvit.plan`` holds out, is only looked at: a part that
-    doesn't lower KL(original || converted) there is put back as it was. (A plan that was fitted to
-    these images too, as by ``psvit.calibrate``, looks better at the start than it is.)
+    Twice: first a model that is corrected anew on three quarters of the images, those that
+    ``psvit.plan`` fits to, learns from them. A part that doesn't lower KL(original || converted) on
+    the last quarter is put back there. Then the plan's own weights, which have seen all images,
+    learn from all of them the parts that were a gain.
 
     Args:
         model: the original, on the device to work on.
@@ -89,6 +53,9 @@ def distill(
         output: folder for ``last.pt``, written every few steps.
         resume: go on from there: it ends with the same weights, on a CPU bit for bit.
         progress: makes progress bars.
+
+    Returns:
+        The plan; of its ``found``, "measured" and the history are those of the first time.
 
     Raises:
         ValueError: a plan for another model, too few images; with ``resume`` no state to go on
@@ -100,113 +67,90 @@ def distill(
     if resume and output is None:
         raise ValueError("output: got None, expected the folder to go on from")
     state = output and checkpoint.stopped(output, "distillation", resume=resume)
-    student = Student(model, plan, images, how or Distillation())
+    course = Course(model, plan, images, how or Distillation())
     if state:
-        student.restore(state)
+        course.restore(state)
     start = time.perf_counter()
-    with progress("distilling", student.left) as step:
-        while student.left:
-            for _ in student.round():
+    with progress("distilling", max(1, course.left)) as step:
+        while course.left:
+            before = course.left
+            for _ in course.round():
                 step(1)
+                before -= 1
+            step(before - course.left)  # what was found to be no gain isn't learnt again
             if output is not None:
                 output.mkdir(parents=True, exist_ok=True)
-                checkpoint.save(output, "distillation", student.state())
-    return student.plan(time.perf_counter() - start)
+                checkpoint.save(output, "distillation", course.state())
+    return course.plan(time.perf_counter() - start)
 
 
-class Student:
-    """A converted model while it learns."""
+class Course:
+    """A rehearsal, which tells what parts gain, and the learning itself."""
 
     def __init__(self, model: nn.Module, plan: Plan, images: Tensor, how: Distillation) -> None:
-        self.how, self.source, self.original = how, plan, model
-        self.images, held_out = split(images)
-        self.model = plan.apply(model).eval()
+        self.model, self.source, self.images, self.how = model, plan, images, how
+        few, held_out = split(images)
+        self.parts = parts_of(plan.schedule)
+        #: What learns from all images: parts are struck off as they are found to be no gain.
+        self.gains = list(self.parts)
         teacher = copy.deepcopy(model).requires_grad_(False)
-        attends = ATTEND * plan.schedule.depth
-        self.lockstep = Lockstep(accelerate(teacher, attends, inplace=True).eval(), self.model)
-        self.stack = self.lockstep.converted
-        first = self.lockstep.first_changed
-        self.parts = [group for group in plan.schedule.groups if group[0] >= first]
+        self.original = accelerate(teacher, ATTEND * plan.schedule.depth, inplace=True).eval()
+        self.result = plan.apply(model).eval()
+        start = self._corrected(few)
         self.held = Held(model, held_out)
-        self.part = self.step = 0
-        score = self.held.score(self.model)
-        self.history: list[dict[str, Any]] = [{"layer": 0, "kept": True, **asdict(score)}]
-        self._begin()
+        score = self.held.score(start)
+        self.history: list[dict[str, Any]] = [{"part": "start", "kept": True, **asdict(score)}]
+        self.best = copy.deepcopy(start.state_dict())
+        self.rehearsal = True
+        self.student = Student(self.original, start, self.parts, few, how, 2 * how.seed)
+
+    def _corrected(self, images: Tensor) -> nn.Module:
+        source = self.source
+        converted, _ = calibrate(
+            self.model,
+            source.schedule,
+            images,
+            pool=source.pool,
+            dims=source.dims,
+            size_bias=source.size_bias,
+            progress=lambda title, total: nullcontext(lambda part: None),
+        )
+        return converted.eval()
 
     @property
     def left(self) -> int:
-        """Steps."""
-        return (len(self.parts) - self.part) * self.how.steps - self.step
-
-    def _begin(self) -> None:
-        """Makes ready for the first step of a part."""
-        self.best = copy.deepcopy(self.model.state_dict())
-        if self.part == len(self.parts):
-            return
-        blocks = [self.stack.block(layer) for layer in self.parts[self.part]]
-        self.tuned = _tuned(blocks, self.how.tune)
-        self.optimizer = torch.optim.AdamW(self.tuned, lr=self.how.lr, weight_decay=0.0)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            self.how.lr,
-            total_steps=self.how.steps + 1,
-            pct_start=0.1,
-            cycle_momentum=False,
-        )
+        """Steps, if every part that isn't judged yet is a gain."""
+        again = self.how.steps * len(self.gains) if self.rehearsal else 0
+        return self.student.left + again
 
     def round(self) -> Iterator[None]:
-        """Some steps of a part, whose images depend on the number of the first of them alone."""
-        seed = (self.how.seed * 1_000 + self.part) * 1_000_003 + self.step
-        generator = torch.Generator().manual_seed(seed)
-        left = self.how.steps - self.step
-        passes = [self._pass(generator) for _ in range(min(BATCHES, left))]
-        turns = [torch.randperm(len(passes), generator=generator) for _ in range(TIMES)]
-        for number in torch.cat(turns)[:left].tolist():
-            self._update(passes[number])
-            yield
-        if self.step == self.how.steps:
-            self._look()
-            self.part, self.step = self.part + 1, 0
-            self._begin()
+        """Some steps, and what follows from them."""
+        yield from self.student.round()
+        if self.student.finished:
+            if self.rehearsal:
+                self._judge()
+            self.student.next()
+        if self.rehearsal and not self.student.left:
+            self._perform()
 
-    def _pass(self, generator: torch.Generator) -> GroupPass:
-        chosen = torch.randint(len(self.images), (self.how.batch,), generator=generator)
-        images = augmented(self.images[chosen].to(self._device), generator)
-        with self._autocast():
-            return self.lockstep.group(images, self.parts[self.part])
-
-    def _update(self, seen: GroupPass) -> None:
-        part, prefix = self.parts[self.part], self.stack.prefix
-        with self._autocast():
-            outputs = seen.outputs(self.stack, part)
-        pairs = zip(outputs, seen.goals, strict=True)
-        loss = torch.stack([token_error(x, goal, prefix) for x, goal in pairs]).mean()
-        if not loss.isfinite():
-            layers = f"layers {part[0] + 1} to {part[-1] + 1}"
-            raise FloatingPointError(f"loss: is {loss.item()} in step {self.step + 1} of {layers}")
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.tuned, 1.0)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.step += 1
-
-    def _look(self) -> None:
+    def _judge(self) -> None:
         """Scores the model on the images held out; what is no gain is undone."""
-        score = self.held.score(self.model)
+        part, model = self.parts[self.student.part], self.student.model
+        score = self.held.score(model)
         kept = score.kl < min(row["kl"] for row in self.history)
-        if not kept:
-            self.model.load_state_dict(self.best)
-        layer = self.parts[self.part][-1] + 1
-        self.history.append({"layer": layer, "kept": kept, **asdict(score)})
+        if kept:
+            self.best = copy.deepcopy(model.state_dict())
+        else:
+            model.load_state_dict(self.best)
+            self.gains.remove(part)
+        row = {"part": str(part), "kept": kept}
+        self.history.append({**row, **asdict(score)})
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        cuda = self._device.type == "cuda"
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=cuda)
+    def _perform(self) -> None:
+        self.rehearsal = False
+        seed = 2 * self.how.seed + 1
+        arguments = (self.original, self.result, self.gains, self.images, self.how, seed)
+        self.student = Student(*arguments)
 
     def _settings(self) -> dict[str, Any]:
         return {**asdict(self.how), "schedule": self.source.schedule.text}
@@ -215,13 +159,11 @@ class Student:
         """All of it, for ``checkpoint.save``."""
         return {
             "settings": self._settings(),
-            "model": self.model.state_dict(),
+            "rehearsal": self.rehearsal,
+            "gains": [self.parts.index(part) for part in self.gains],
             "best": self.best,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "history": self.history,
-            "part": self.part,
-            "step": self.step,
+            "student": self.student.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -233,37 +175,16 @@ class Student:
         other = checkpoint.differences(state["settings"], self._settings())
         if other:
             raise ValueError(f"resume: the run was made otherwise: {'; '.join(other)}")
-        self.part, self.step, self.history = state["part"], state["step"], state["history"]
-        self._begin()
-        self.model.load_state_dict(state["model"])
-        self.best = state["best"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.gains = [self.parts[i] for i in state["gains"]]
+        self.best, self.history = state["best"], state["history"]
+        if not state["rehearsal"]:
+            self._perform()
+        self.student.restore(state["student"])
 
     def plan(self, seconds: float) -> Plan:
-        """The plan with the best weights."""
+        """The plan with the weights that have learnt."""
         best = min(self.history, key=lambda row: row["kl"])
         measured = {name: best[name] for name in ("agreement", "kl")}
         about = {**asdict(self.how), "history": self.history, "seconds": round(seconds, 1)}
         found = {**self.source.found, "measured": measured, "distillation": about}
-        return self.source.with_weights(self.original, self.model, found)
-
-
-def token_error(found: Tensor, wanted: Tensor, prefix: int) -> Tensor:
-    """Weighted sum of squared differences of tokens, relative to that of the wanted ones.
-
-    Args:
-        found, wanted: `(B, M, C)`.
-        prefix: number of tokens that count ``PREFIX_WEIGHT`` times.
-    """
-    weights = torch.ones(wanted.shape[1], 1, device=wanted.device)
-    weights[:prefix] = PREFIX_WEIGHT
-    wanted = wanted.float()
-    squares = (found.float() - wanted).square() * weights
-    return squares.sum() / (wanted.square() * weights).sum()
-
-
-def _tuned(blocks: list[Block], which: str) -> list[nn.Parameter]:
-    """Parameters to learn: those of norms and biases have one dimension."""
-    used = [p for block in blocks for p in block.parameters() if p.requires_grad]
-    return used if which == "all" else [p for p in used if p.dim() == 1]
+        return self.source.with_weights(self.model, self.result, found)
