@@ -37,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=positive, default=32, metavar="N", help="images of a step (default: 32)"
     )
-    parser.add_argument("--lr", type=float, default=1e-3, metavar="X", help="(default: 1e-3)")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=1e-3,
+        metavar="X",
+        help="for tokens; a tenth of it for outputs (default: 1e-3)",
+    )
     parser.add_argument(
         "--tune", default="all", choices=("all", "norms"), help="parameters (default: all)"
     )
@@ -96,8 +102,8 @@ def _show(name: str, plan: Plan, output: Path) -> None:
     ]
     print_tables(
         table(f"{name} learns from itself", ("after", "KL", "agreement", ""), rows),
-        "KL(original || converted) in nats and top-1 agreement, on images held out: of a model that "
-        "learnt from the others. The plan has learnt from all, what was a gain.",
+        "KL(original || converted) in nats and top-1 agreement, on images held out, of a model "
+        "that learnt from the others. The plan has learnt from all images what was a gain.",
         f"Took {found['seconds']:.0f} s. Written to {output}: psvit accelerate {name} --plan "
         f"{output} measures it.",
     )

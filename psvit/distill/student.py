@@ -29,8 +29,8 @@ class Distillation:
     Args:
         steps: of AdamW, for each part.
         batch: images of a step.
-        lr: highest learning rate where tokens are learnt, ten times that where outputs are; a
-            tenth of a part's steps is warm-up, then it falls as a cosine.
+        lr: highest learning rate for tokens; for outputs it is a tenth of that. A tenth of a
+            part's steps is warm-up, then it falls as a cosine.
         tune: "all" parameters in use, or only "norms" and biases.
         seed: of order and changes of the images.
     """
