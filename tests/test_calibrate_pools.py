@@ -47,7 +47,7 @@ def distance(model: nn.Module, schedule: str, x: Tensor, taps: Tensor) -> float:
     with torch.no_grad():
         find_stack(converted).pool(0).weight.copy_(taps)
     logs = [answer(m, x).double().log_softmax(1) for m in (model, converted)]
-    return float((logs[0].exp() * (logs[0] - logs[1])).sum(1).mean())
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(1).mean().detach())
 
 
 def test_the_blend_with_the_nearest_outputs_is_chosen() -> None:
