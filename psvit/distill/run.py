@@ -89,13 +89,13 @@ class Course:
 
     def __init__(self, model: nn.Module, plan: Plan, images: Tensor, how: Distillation) -> None:
         self.model, self.source, self.images, self.how = model, plan, images, how
+        self.result = plan.apply(model).eval()
         few, held_out = split(images)
         self.parts = parts_of(plan.schedule)
         #: What learns from all images: parts are struck off as they are found to be no gain.
         self.gains = list(self.parts)
         teacher = copy.deepcopy(model).requires_grad_(False)
         self.original = accelerate(teacher, ATTEND * plan.schedule.depth, inplace=True).eval()
-        self.result = plan.apply(model).eval()
         start = self._corrected(few)
         self.held = Held(model, held_out)
         score = self.held.score(start)
