@@ -67,10 +67,10 @@ def distill(
     if resume and output is None:
         raise ValueError("output: got None, expected the folder to go on from")
     state = output and checkpoint.stopped(output, "distillation", resume=resume)
+    start = time.perf_counter()
     course = Course(model, plan, images, how or Distillation())
     if state:
         course.restore(state)
-    start = time.perf_counter()
     with progress("distilling", max(1, course.left)) as step:
         while course.left:
             before = course.left
