@@ -45,6 +45,9 @@ def distill(
     the last quarter is put back there. Then the plan's own weights, which have seen all images,
     learn from all of them the parts that were a gain.
 
+    With 300 images it was no gain: three plans of a ViT-Tiny lost 0.4 to 1.9 points of accuracy on
+    900 others, whatever the 75 held out said. What it does with many more isn't known.
+
     Args:
         model: the original, on the device to work on.
         plan: for it.
