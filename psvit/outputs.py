@@ -29,8 +29,14 @@ def kl_divergence(scores: Tensor, reference: Tensor, temperature: float = 1.0) -
         temperature: that both are divided by. The result is multiplied by its square, so that
             gradients stay as large (arXiv 1503.02531, section 2).
     """
-    log_q, log_p = ((x / temperature).log_softmax(1) for x in (scores, reference))
-    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    each = kl_divergences(scores / temperature, reference / temperature)
+    return temperature**2 * each.mean()
+
+
+def kl_divergences(scores: Tensor, reference: Tensor) -> Tensor:
+    """KL(reference || scores) of each image, nats, `(B,)`; class scores `(B, classes)`."""
+    log_q, log_p = (x.log_softmax(1) for x in (scores, reference))
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
 
 
 def distance_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -8,15 +8,12 @@ convolution with the same taps for every channel.
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..accelerate import accelerate
 from ..outputs import distance_of, logits_of
 from ..schedule import ATTEND, POOL, Schedule
 from ..stack import Stack, find_stack
@@ -58,11 +55,10 @@ def tries(dims: int) -> int:
 
 @torch.no_grad()
 def fit_pools(
-    model: nn.Module,
+    convert: Callable[[Schedule], nn.Module],
     original: nn.Module,
     stack: Stack,
     images: Images,
-    how: Mapping[str, Any],
     step: Callable[[float], object],
 ) -> list[PoolFit]:
     """Chooses the learned pools of a stack, in order, each with those before it in place.
@@ -71,19 +67,16 @@ def fit_pools(
     attends.
 
     Args:
-        model: as it came.
-        original: the same, converted to a schedule whose layers all attend, in eval mode.
+        convert: makes a copy of the model under another schedule, all else as for ``stack``.
+        original: the model, converted to a schedule whose layers all attend, in eval mode.
         stack: of the conversion; its pools are written.
         images: at most ``MOST_IMAGES`` of them are run, ``tries`` times for each pool.
-        how: arguments of ``psvit.accelerate``.
         step: called with the number of images that were run.
     """
     few = list(images.first(MOST_IMAGES))
     found = []
     for number, layer in enumerate(stack.schedule.pools):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that outputs change
-            pooled = accelerate(model, _attending(stack.schedule, number + 1), **how).eval()
+        pooled = convert(_attending(stack.schedule, number + 1)).eval()
         for i in range(number):
             find_stack(pooled).pool(i).load_state_dict(stack.pool(i).state_dict())
         trial = _Trial(original, pooled, layer, few, step)

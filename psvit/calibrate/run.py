@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -104,7 +105,7 @@ def calibrate(
     fast, original = _both(model, schedule, pool, dims, size_bias)
     lockstep = Lockstep(original, fast)
     source = Images(images, batch)
-    how = {"pool": pool, "dims": dims, "size_bias": size_bias}
+    convert = partial(_converted, model, pool=pool, dims=dims, size_bias=size_bias)
     with _in_eval_mode(fast):
         stack = lockstep.converted
         corrections, left_alone = _corrections(stack)
@@ -113,7 +114,7 @@ def calibrate(
         runs = len(learned) * tries(dims) * min(source.count, MOST_IMAGES)
         fits, missing = [], 0
         with progress("calibrating", max(1, len(corrections) * source.count + runs)) as step:
-            pools = fit_pools(model, original, stack, source, how, step) if learned else []
+            pools = fit_pools(convert, original, stack, source, step) if learned else []
             for correction in corrections:
                 fit, rank = _fit(correction, lockstep, source, ridges, prefix_weight, step)
                 fits.append(fit)
@@ -133,10 +134,14 @@ def _both(
     model: Model, schedule: str | Schedule, pool: Kind, dims: Literal[1, 2], size_bias: bool
 ) -> tuple[Model, Model]:
     """A converted copy of a model, and one as it is, in eval mode, of the same kind of blocks."""
+    fast = _converted(model, schedule, pool=pool, dims=dims, size_bias=size_bias)
+    return fast, accelerate(model, ATTEND * len(find_stack(fast))).eval()
+
+
+def _converted(model: Model, schedule: str | Schedule, **how: Any) -> Model:
     with warnings.catch_warnings():  # that outputs change: what is done here is the remedy
         warnings.filterwarnings("ignore", message='schedule "', category=UserWarning)
-        fast = accelerate(model, schedule, pool=pool, dims=dims, size_bias=size_bias)
-    return fast, accelerate(model, ATTEND * len(find_stack(fast))).eval()
+        return accelerate(model, schedule, **how)
 
 
 @contextmanager

@@ -107,7 +107,8 @@ def _show(name: str, plan: Plan, output: Path) -> None:
     print_tables(
         plan.table(),
         f"cost: part of the original's; KL(original || converted) in nats and top-1 agreement: on "
-        f"{found['held_out_images']} images held out; {found['images']} were fitted to",
+        f"{found['held_out_images']} images held out; {found['images']} were fitted to, and at "
+        f"last all of them",
         f"Written to {output}, a picture beside it: psvit accelerate {name} --plan {output} "
         f"measures the plan.",
     )

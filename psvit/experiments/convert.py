@@ -46,9 +46,9 @@ BUDGETS = ("flops<=0.8", "flops<=0.6")
 THREADS = 2
 #: Spent on each latency, and the images of a call.
 SECONDS = 4.0
+BATCHES = {"cpu": (8,), "cuda": (1, 32, 256)}
 #: What needs no fit: keeping every second token hurts a trained model less than an average does.
 NAIVE = Conversion("stride")
-BATCHES = {"cpu": (8,), "cuda": (1, 32, 256)}
 #: What learns after the closed form.
 DISTILLED = ("4 share", "6 share", "pooled before 6")
 

@@ -147,7 +147,7 @@ class Plan:
         measured = self.found.get("measured")
         if measured:
             score = f"KL {measured['kl']:.3f}, agreement {measured['agreement']:.1%}"
-            remarks.append(f"{score} on images held out")
+            remarks.append(f"{score} on images held out of all but the last fit")
         if "distillation" in self.found:
             remarks.append(f"distilled, {self.found['distillation']['steps']} steps a part")
         return "; ".join(remarks)

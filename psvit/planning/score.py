@@ -54,14 +54,15 @@ class Held:
 
     def __init__(self, original: nn.Module, images: Tensor) -> None:
         self.images = images
-        self.reference = self._scores(original)
+        self.reference = self.scores(original)
 
     def score(self, model: nn.Module) -> Score:
         """Of another model with the same classes."""
-        return Score.of(self._scores(model), self.reference)
+        return Score.of(self.scores(model), self.reference)
 
     @torch.inference_mode()
-    def _scores(self, model: nn.Module) -> Tensor:
+    def scores(self, model: nn.Module) -> Tensor:
+        """Class scores of a model on these images, float64 `(B, classes)`."""
         device, training = next(model.parameters()).device, model.training
         model.eval()
         try:
