@@ -15,7 +15,7 @@ from .files import whole_file
 Kind = Literal["training run", "search", "distillation"]
 
 #: Of the file's contents; a file of another form is refused.
-FORM = 3
+FORM = 4
 NAME = "last.pt"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -29,24 +28,23 @@ def kl_divergence(scores: Tensor, reference: Tensor, temperature: float = 1.0) -
         temperature: that both are divided by. The result is multiplied by its square, so that
             gradients stay as large (arXiv 1503.02531, section 2).
     """
-    each = kl_divergences(scores / temperature, reference / temperature)
-    return temperature**2 * each.mean()
+    log_q, log_p = ((x / temperature).log_softmax(1) for x in (scores, reference))
+    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-def kl_divergences(scores: Tensor, reference: Tensor) -> Tensor:
-    """KL(reference || scores) of each image, nats, `(B,)`; class scores `(B, classes)`."""
-    log_q, log_p = (x.log_softmax(1) for x in (scores, reference))
-    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
+def relative_errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of each image's outputs, relative to the mean square of what is wanted.
 
+    Unlike KL it doesn't hang on the few images of which a model is sure: on 75 images it tells
+    better than KL does which of two conversions is nearer to the original.
 
-def distance_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """How far outputs are from the original's: KL, or where a model has no classes the squared
-    error relative to them; called with the outputs and the original's, `(B, n)`."""
-    return kl_divergence if has_classes(model) else _relative_error
+    Args:
+        found, wanted: class scores or features, `(B, n)`.
 
-
-def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    return (found - wanted).square().sum() / wanted.square().sum()
+    Returns:
+        `(B,)`; the mean is 1 where the outputs are all 0.
+    """
+    return (found - wanted).square().sum(1) / wanted.square().sum(1).mean()
 
 
 def has_classes(model: nn.Module) -> bool:

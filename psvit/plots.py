@@ -298,17 +298,17 @@ def draw_plan(found: Mapping[str, Any], path: str | PathLike[str], *, title: str
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
     front = found["front"]
-    costs, losses = ([row[key] for row in front] for key in ("cost", "predicted_kl"))
+    costs, losses = ([row[key] for row in front] for key in ("cost", "predicted_error"))
     axes.step(costs, losses, where="pre", color=BLUE, linewidth=2, label="front, predicted")
     tried = found["tried"]
-    costs, losses = [row["cost"] for row in tried], [row["kl"] for row in tried]
+    costs, losses = [row["cost"] for row in tried], [row["error"] for row in tried]
     axes.scatter(costs, losses, s=30, marker="x", color="0.3", zorder=3, label="measured")
     axes.scatter(
-        found["cost"], found["measured"]["kl"], s=60, color=ORANGE, zorder=4, label="chosen"
+        found["cost"], found["measured"]["error"], s=60, color=ORANGE, zorder=4, label="chosen"
     )
     what = "latency" if found["budget"].startswith("latency") else "FLOPs"
     axes.set_xlabel(f"{what}, part of the original's")
-    axes.set_ylabel("KL(original || converted), nats")
+    axes.set_ylabel("squared error of the scores, relative")
     axes.set_title(title, fontsize=11)
     axes.legend(fontsize=8, frameon=False)
     _plain(axes)

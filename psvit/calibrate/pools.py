@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..outputs import distance_of, logits_of
+from ..outputs import logits_of, relative_errors
 from ..schedule import ATTEND, POOL, Schedule
 from ..stack import Stack, find_stack
 from .images import Images
@@ -108,29 +108,27 @@ class _Trial:
         lockstep = Lockstep(original, pooled)
         seen = [lockstep.group(few, (layer,)) for few in images]
         self.tokens, self.layout = [one.tokens for one in seen], seen[0].layouts[-2]
-        self.wanted = [self._scores(original, few) for few in images]
-        self.distance = distance_of(pooled)
+        self.wanted = torch.cat([self._scores(original, few) for few in images])
 
     def best(self) -> PoolFit:
         """What was chosen; the pool has it then."""
         # Where the grid is odd, the second token of its last cell is padding.
         places = [range(2 - n % 2) for n in self.pool.grid(self.layout)]
         tokens = itertools.product(*places)
-        token = min((self._tried(Blend(t, AVERAGES[0])) for t in tokens), key=_distance)
+        token = min((self._tried(Blend(t, AVERAGES[0])) for t in tokens), key=_error)
         rest = [self._tried(Blend(token.token, average)) for average in AVERAGES[1:]]
-        best = min(token, *rest, key=_distance)
+        best = min(token, *rest, key=_error)
         self._put(Blend(best.token, best.average))
         return best
 
     def _tried(self, blend: Blend) -> PoolFit:
-        scale, total = self._put(blend), 0.0
-        for few, tokens, wanted in zip(self.images, self.tokens, self.wanted, strict=True):
+        scale, scores = self._put(blend), []
+        for few, tokens in zip(self.images, self.tokens, strict=True):
             with entered(find_stack(self.model), self.layer, tokens):
-                found = self._scores(self.model, few)
-            total += len(few) * float(self.distance(found, wanted))
+                scores.append(self._scores(self.model, few))
             self.step(len(few))
-        distance = total / sum(map(len, self.images))
-        return PoolFit(self.layer, blend.token, blend.average, scale, distance)
+        error = float(relative_errors(torch.cat(scores), self.wanted).mean())
+        return PoolFit(self.layer, blend.token, blend.average, scale, error)
 
     def _put(self, blend: Blend) -> float:
         """Sets the pool's taps, and tells what they sum to."""
@@ -148,5 +146,5 @@ class _Trial:
         return logits_of(model(images.to(next(self.model.parameters())))).double()
 
 
-def _distance(fit: PoolFit) -> float:
-    return fit.distance
+def _error(fit: PoolFit) -> float:
+    return fit.error

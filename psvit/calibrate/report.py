@@ -45,16 +45,15 @@ class PoolFit:
         token: place in the cell of the token that is blended, along each axis.
         average: part of the cell's average in the blend.
         scale: what the taps sum to, so that pooled tokens have the root mean square of the others.
-        distance: of the model's outputs from the original's while every layer attends:
-            KL(original || converted) in nats, or the relative squared error of a model without
-            classes; on the images that it was chosen by.
+        error: squared one of the model's outputs, relative to the original's, while every layer
+            attends; on the images that it was chosen by.
     """
 
     layer: int
     token: tuple[int, ...]
     average: float
     scale: float
-    distance: float
+    error: float
 
 
 @dataclass

@@ -66,10 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with vit_tiny_patch16_224/model.safetensors and imagenet_val/",
     )
     convert.add_argument(
-        "--images", type=positive, default=300, metavar="N", help="to fit to (default: 300)"
+        "--images", type=positive, default=360, metavar="N", help="to fit to (default: 360)"
     )
     convert.add_argument(
-        "--steps", type=int, default=200, metavar="N", help="of distilling a part (default: 200)"
+        "--steps", type=int, default=60, metavar="N", help="of a distillation (default: 60)"
     )
     for one in (shapes, convert):
         one.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")

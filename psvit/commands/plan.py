@@ -106,9 +106,9 @@ def _show(name: str, plan: Plan, output: Path) -> None:
     found = plan.found
     print_tables(
         plan.table(),
-        f"cost: part of the original's; KL(original || converted) in nats and top-1 agreement: on "
-        f"{found['held_out_images']} images held out; {found['images']} were fitted to, and at "
-        f"last all of them",
+        f"cost: part of the original's; error: squared, of the class scores, relative to theirs; "
+        f"KL(original || converted) in nats, top-1 agreement: on {found['held_out_images']} images "
+        f"held out; {found['images']} were fitted to, and at last all of them",
         f"Written to {output}, a picture beside it: psvit accelerate {name} --plan {output} "
         f"measures the plan.",
     )

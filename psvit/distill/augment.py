@@ -1,4 +1,4 @@
-"""Changed images: cut, mirrored and mixed, a batch at a time, wherever they are."""
+"""Changed images: cut, mirrored, and of other contrast and colour, wherever they are."""
 
 from __future__ import annotations
 
@@ -7,22 +7,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 #: The least part of an image's sides that a cut keeps.
-LEAST = 0.6
+LEAST = 0.8
+#: The most that contrast changes, as a part of it, and brightness and each channel, in standard
+#: deviations of the image.
+MOST = 0.3
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A part of each image, enlarged to its size, half of them mirrored; half mixed with another.
+    """A part of each image, enlarged to its size, half of them mirrored, with another contrast,
+    brightness and colour.
 
-    A teacher sees the same images, so there is no label that a mixture could spoil.
+    All of it mild: a conversion that is corrected already has little to learn from images that
+    are unlike those it is for.
 
     Args:
         images: `(B, C, H, W)`.
         generator: on the CPU; equal ones give equal images.
     """
-    n = len(images)
+    n, channels = images.shape[:2]
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
+
+    def change(*shape: int) -> Tensor:
+        return (MOST * (2 * uniform(*shape) - 1)).to(images)
 
     scale = LEAST + (1 - LEAST) * uniform(n)
     mirror = torch.where(uniform(n) < 0.5, -1.0, 1.0)
@@ -31,6 +39,6 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     matrix[:, 0, 0], matrix[:, 1, 1], matrix[:, :, 2] = scale * mirror, scale, shift
     where = F.affine_grid(matrix.to(images), list(images.shape), align_corners=False)
     cut = F.grid_sample(images, where, padding_mode="reflection", align_corners=False)
-    part = torch.where(uniform(n) < 0.5, uniform(n), 1.0).to(images).view(n, 1, 1, 1)
-    other = torch.randperm(n, generator=generator).to(images.device)
-    return part * cut + (1 - part) * cut[other]
+    deviation, mean = (x[:, None, None, None] for x in torch.std_mean(cut, (1, 2, 3)))
+    colour = change(n, 1, 1, 1) + change(n, channels, 1, 1)
+    return mean + (1 + change(n, 1, 1, 1)) * (cut - mean) + deviation * colour

@@ -1,4 +1,4 @@
-"""``distill``: a converted model learns from its original, part by part. No labels."""
+"""``distill``: a converted model learns from its original. No labels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .. import checkpoint
 from ..accelerate import accelerate
 from ..calibrate import calibrate
 from ..console import progress as console_progress
-from ..outputs import kl_divergences
+from ..outputs import relative_errors
 from ..planning.plan import Plan
 from ..planning.score import Held, Score, split
 from ..schedule import ATTEND
-from .student import Distillation, Student, parts_of
+from .student import Distillation, Student
 
 Progress = Callable[[str, float], AbstractContextManager[Any]]
 
@@ -37,19 +37,14 @@ def distill(
 ) -> Plan:
     """A plan whose weights have learnt from the original model. No labels.
 
-    In turn, each group of layers that share a map learns to give the original's tokens, from what
-    the layers before it give; then, if tokens are pooled, all layers after the first pool learn to
-    give its outputs. The images are cut, mirrored and mixed.
+    From the first layer that the schedule changes on, all layers learn to give the original's
+    outputs and, layer by layer, its prefix tokens. The images are cut, mirrored, and changed in
+    contrast and colour.
 
     Twice: first a model that is corrected anew on three quarters of the images, those that
-    ``psvit.plan`` fits to, learns from them. A part that doesn't lower KL(original || converted) on
-    the last quarter, by more than the standard error of the difference, is put back there. Then the
-    plan's own weights, which have seen all images, learn from all of them the parts that were a
-    gain.
-
-    With 300 images it was no gain: three plans of a ViT-Tiny lost 0.4 to 1.9 points of accuracy on
-    900 others, while KL fell on the 75 held out (any fall counted as a gain then). With more
-    images: not measured.
+    ``psvit.plan`` fits to, learns from them. If that lowers the error of the scores on the last
+    quarter, by more than its standard error, then the plan's own weights, which have seen all
+    images, learn from all of them; else they stay.
 
     Args:
         model: the original, on the device to work on.
@@ -61,14 +56,14 @@ def distill(
         progress: makes progress bars.
 
     Returns:
-        The plan; of its ``found``, "measured" and the history are those of the first time.
+        The plan; of its ``found``, "measured" and "distillation" are of the first time.
 
     Raises:
         ValueError: a plan for another model, too few images; with ``resume`` no state to go on
             from, or one that was made otherwise; without it an ``output`` that has a checkpoint.
         FloatingPointError: the loss became infinite or no number.
 
-    Source: block reconstruction, as in BRECQ (arXiv 2102.05426).
+    Source: distillation of outputs (arXiv 1503.02531), here by squared error.
     """
     if resume and output is None:
         raise ValueError("output: got None, expected the folder to go on from")
@@ -91,7 +86,7 @@ def distill(
 
 
 class Course:
-    """A rehearsal, which tells what parts gain, and the learning itself."""
+    """A rehearsal, which tells whether learning is a gain, and the learning itself."""
 
     def __init__(
         self,
@@ -104,19 +99,15 @@ class Course:
         self.model, self.source, self.images, self.how = model, plan, images, how
         self.result = plan.apply(model).eval()
         few, held_out = split(images)
-        self.parts = parts_of(plan.schedule)
-        #: What learns from all images: parts are struck off as they are found to be no gain.
-        self.gains = list(self.parts)
         teacher = copy.deepcopy(model).requires_grad_(False)
         self.original = accelerate(teacher, ATTEND * plan.schedule.depth, inplace=True).eval()
         start = self._corrected(few, progress)
         self.held = Held(model, held_out)
-        #: The weights that are kept, and their scores on the images held out.
-        self.best, self.scores = copy.deepcopy(start.state_dict()), self.held.scores(start)
-        score = Score.of(self.scores, self.held.reference)
-        self.history: list[dict[str, Any]] = [{"part": "start", "kept": True, **asdict(score)}]
-        self.rehearsal = True
-        self.student = Student(self.original, start, self.parts, few, how, 2 * how.seed)
+        #: Class scores on the images held out, before the rehearsal and after it.
+        self.scores = [self.held.scores(start)]
+        self.student = Student(self.original, start, few, how, 2 * how.seed)
+        #: Steps that follow a rehearsal, if it is a gain.
+        self.after_it = self.student.left
 
     def _corrected(self, images: Tensor, progress: Progress) -> nn.Module:
         source = self.source
@@ -133,38 +124,25 @@ class Course:
 
     @property
     def left(self) -> int:
-        """Steps, if every part that isn't judged yet is a gain."""
-        again = self.how.steps * len(self.gains) if self.rehearsal else 0
-        return self.student.left + again
+        """Steps, if the rehearsal is a gain."""
+        return self.student.left + self.after_it
 
     def round(self) -> Iterator[None]:
         """Some steps, and what follows from them."""
         yield from self.student.round()
-        if self.student.finished:
-            if self.rehearsal:
-                self._judge()
-            self.student.next()
-        if self.rehearsal and not self.student.left:
-            self._perform()
+        if self.after_it and not self.student.left:
+            self.scores.append(self.held.scores(self.student.model))
+            self.after_it = 0
+            if self._gained:
+                self._perform()
 
-    def _judge(self) -> None:
-        """Looks at the images held out; what is no gain is undone."""
-        part, model = self.parts[self.student.part], self.student.model
-        scores = self.held.scores(model)
-        score = Score.of(scores, self.held.reference)
-        kept = is_gain(self.scores, scores, self.held.reference)
-        if kept:
-            self.best, self.scores = copy.deepcopy(model.state_dict()), scores
-        else:
-            model.load_state_dict(self.best)
-            self.gains.remove(part)
-        row = {"part": str(part), "kept": kept}
-        self.history.append({**row, **asdict(score)})
+    @property
+    def _gained(self) -> bool:
+        return is_gain(self.scores[0], self.scores[-1], self.held.reference)
 
     def _perform(self) -> None:
-        self.rehearsal = False
         seed = 2 * self.how.seed + 1
-        self.student = Student(self.original, self.result, self.gains, self.images, self.how, seed)
+        self.student = Student(self.original, self.result, self.images, self.how, seed)
 
     def _settings(self) -> dict[str, Any]:
         return {**asdict(self.how), "schedule": self.source.schedule.text}
@@ -173,11 +151,7 @@ class Course:
         """All of it, for ``checkpoint.save``."""
         return {
             "settings": self._settings(),
-            "rehearsal": self.rehearsal,
-            "gains": [self.parts.index(part) for part in self.gains],
-            "best": self.best,
             "scores": self.scores,
-            "history": self.history,
             "student": self.student.state(),
         }
 
@@ -190,26 +164,33 @@ class Course:
         other = checkpoint.differences(state["settings"], self._settings())
         if other:
             raise ValueError(f"resume: the run was made otherwise: {'; '.join(other)}")
-        self.gains = [self.parts[i] for i in state["gains"]]
-        self.best, self.scores = state["best"], state["scores"]
-        self.history = state["history"]
-        if not state["rehearsal"]:
-            self._perform()
+        self.scores = state["scores"]
+        if len(self.scores) > 1:
+            self.after_it = 0
+            if self._gained:
+                self._perform()
         self.student.restore(state["student"])
 
     def plan(self, seconds: float) -> Plan:
         """The plan with the weights that have learnt."""
-        measured = asdict(Score.of(self.scores, self.held.reference))
-        about = {**asdict(self.how), "history": self.history, "seconds": round(seconds, 1)}
+        scores = [asdict(Score.of(each, self.held.reference)) for each in self.scores]
+        about = {
+            **asdict(self.how),
+            "before": scores[0],
+            "rehearsed": scores[-1],
+            "gained": self._gained,
+            "seconds": round(seconds, 1),
+        }
+        measured = scores[-1 if self._gained else 0]
         found = {**self.source.found, "measured": measured, "distillation": about}
         return self.source.with_weights(self.model, self.result, found)
 
 
 def is_gain(before: Tensor, after: Tensor, reference: Tensor) -> bool:
-    """Whether KL falls by more than the standard error of its mean fall, image by image.
+    """Whether the error of scores falls by more than the standard error of its mean fall.
 
     Args:
         before, after, reference: class scores `(B, classes)`; one image alone can't tell.
     """
-    fall = kl_divergences(before, reference) - kl_divergences(after, reference)
+    fall = relative_errors(before, reference) - relative_errors(after, reference)
     return len(fall) > 1 and bool(fall.mean() > fall.std() / len(fall) ** 0.5)

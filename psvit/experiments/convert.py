@@ -62,14 +62,14 @@ class Settings:
             ``labels.csv``.
         seeds: random subsets of the images that may be fitted to.
         images: in each subset.
-        steps: of each part in a distillation; 0: none.
+        steps: of each distillation; 0: none.
         device: "cpu" or "cuda".
     """
 
     data: str
     seeds: int = 3
-    images: int = 300
-    steps: int = 200
+    images: int = 360
+    steps: int = 60
     device: str = "cpu"
 
     def common(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _learn(settings: Settings, output: str, arm: str, seed: int) -> Found:
     tuned, seconds = _timed(lambda: distill(model, plan, chosen, how))
     tuned.save(plans / _file(arm, seed))
     row = {**report.row(tuned.schedule, tuned.apply(model)), "seconds": seconds}
-    return {"rows": {arm: row}, "history": tuned.found["distillation"]["history"]}
+    return {"rows": {arm: row}, "distillation": tuned.found["distillation"]}
 
 
 def _closed_form(

@@ -21,7 +21,7 @@ from ..schedule import Schedule
 Model = TypeVar("Model", bound=nn.Module)
 
 #: Of the JSON file; another form is refused.
-FORM = 1
+FORM = 2
 
 
 @dataclass(frozen=True)
@@ -119,21 +119,23 @@ class Plan:
     def table(self) -> Any:
         """For ``psvit.console.print_tables``: the schedules that were tried, this one marked.
 
-        Cost is a part of the original's; KL(original || converted) in nats and top-1 agreement are
-        means over images that nothing was fitted to.
+        Cost is a part of the original's; the error is the squared one of the class scores, relative
+        to theirs; it, KL(original || converted) in nats and top-1 agreement are means over images
+        that nothing was fitted to.
         """
         rows = [
             (
                 one["schedule"],
                 f"{one['cost']:.3f}",
-                f"{one['predicted_kl']:.3f}",
+                f"{one['predicted_error']:.3f}",
+                f"{one['error']:.3f}",
                 f"{one['kl']:.3f}",
                 f"{one['agreement']:.1%}",
                 "chosen" if one["schedule"] == self.schedule.text else "",
             )
             for one in self.found.get("tried", ())
         ]
-        header = ("schedule", "cost", "KL, predicted", "measured", "agreement", "")
+        header = ("schedule", "cost", "error, predicted", "measured", "KL", "agreement", "")
         made = table(f"{self.schedule}, {self.pool} pool", header, rows)
         made.caption = "\n".join((self._remarks(), *self._left_alone()))
         return made
@@ -146,10 +148,15 @@ class Plan:
                 remarks.append("no layer shares: pooling alone did best")
         measured = self.found.get("measured")
         if measured:
-            score = f"KL {measured['kl']:.3f}, agreement {measured['agreement']:.1%}"
+            score = f"error {measured['error']:.3f}, agreement {measured['agreement']:.1%}"
             remarks.append(f"{score} on images held out of all but the last fit")
         if "distillation" in self.found:
-            remarks.append(f"distilled, {self.found['distillation']['steps']} steps a part")
+            distilled = self.found["distillation"]
+            remarks.append(
+                f"distilled, {distilled['steps']} steps"
+                if distilled["gained"]
+                else "distillation was no gain"
+            )
         return "; ".join(remarks)
 
     def _left_alone(self) -> list[str]:

@@ -45,11 +45,11 @@ def plan(
     """The conversion of a trained model that loses least within a budget. No labels, no gradients.
 
     Each single change (a group of layers with one map, a pool before a layer) is made and corrected
-    on a few images, and scored by KL(original || converted) on images held out of all fits. Sums of
-    these predict what a schedule loses, sums over its layers what it costs; dynamic programming
-    finds the front of both, and the best few within the budget are made, corrected on all images
-    but those held out, and scored. The one that did best is the plan, corrected once more on all
-    images.
+    on a few images, and scored by the relative squared error of its class scores on images held out
+    of all fits. Sums of these predict what a schedule loses, sums over its layers what it costs;
+    dynamic programming finds the front of both, and the best few within the budget are made,
+    corrected on all images but those held out, and scored. The one that did best is the plan,
+    corrected once more on all images.
 
     Args:
         model: from timm, transformers or torchvision, with a classifier.
@@ -132,7 +132,7 @@ class Planner:
         self.tried: list[dict[str, Any]] = []  # rows, no models: a person may try many
 
     def losses(self, depth: int, *, pools: int, longest: int) -> Losses:
-        """KL of each single change.
+        """Error of the scores for each single change.
 
         Raises:
             ValueError: too few images for a fit after so many pools.
@@ -161,13 +161,13 @@ class Planner:
     def _single(self, schedule: Schedule, images: Tensor, step: Callable[[float], object]) -> float:
         converted, _ = self._made(schedule, images)
         step(1)
-        return self.held.score(converted).kl
+        return self.held.score(converted).error
 
     def best(self, candidates: list[Scored]) -> Tried:
         """Of some candidates that which loses least when it is made."""
         with self.progress("best schedules", len(candidates)) as step:
             tried = (self._tried(candidate, step) for candidate in candidates)
-            return min(tried, key=lambda one: one.score.kl)
+            return min(tried, key=lambda one: one.score.error)
 
     def cheapest(self, found: list[Scored], budget: Budget) -> Tried:
         """The cheapest of a front whose agreement meets the budget, by bisection."""
@@ -214,15 +214,15 @@ class Planner:
         found = {
             "budget": str(budget),
             "cost": chosen.predicted.cost,
-            "predicted_kl": chosen.predicted.loss,
+            "predicted_error": chosen.predicted.loss,
             "measured": asdict(chosen.score),
             "left_alone": [[layer, why] for layer, why in chosen.left_alone.items()],
             "held_out_images": len(self.held.images),
             "images": len(self.images),
             "tried": self.tried,
             "front": [_row(scored) for scored in predicted],
-            "groups": [[a, k, kl] for (a, k), kl in losses.groups.items()],
-            "pools": [[place, kl] for place, kl in losses.pools.items()],
+            "groups": [[a, k, error] for (a, k), error in losses.groups.items()],
+            "pools": [[place, error] for place, error in losses.pools.items()],
             "costs": asdict(costs),
         }
         return self.planned(chosen, found)
@@ -237,7 +237,7 @@ def _row(predicted: Scored) -> dict[str, Any]:
     return {
         "schedule": predicted.schedule.text,
         "cost": predicted.cost,
-        "predicted_kl": predicted.loss,
+        "predicted_error": predicted.loss,
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..outputs import kl_divergence, logits_of
+from ..outputs import kl_divergence, logits_of, relative_errors
 
 #: One image in so many is held out of all fits, to score on.
 HOLD_OUT = 4
@@ -18,10 +18,13 @@ class Score:
     """How near a model's outputs are to the original's.
 
     Args:
+        error: mean squared error of the class scores, relative to the original's mean square; by
+            this conversions are chosen.
         agreement: part of the images whose first class is the same.
         kl: KL(original || converted) of the classes, nats, mean over the images.
     """
 
+    error: float
     agreement: float
     kl: float
 
@@ -29,7 +32,8 @@ class Score:
     def of(cls, scores: Tensor, reference: Tensor) -> Score:
         """From class scores `(B, classes)` of the model and of the original."""
         same = (scores.argmax(1) == reference.argmax(1)).double().mean()
-        return cls(float(same), float(kl_divergence(scores, reference)))
+        error = relative_errors(scores, reference).mean()
+        return cls(float(error), float(same), float(kl_divergence(scores, reference)))
 
 
 def split(images: Tensor) -> tuple[Tensor, Tensor]:
