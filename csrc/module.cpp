@@ -24,12 +24,16 @@ using namespace psvit;
     void apply_backward(const ApplyBackwardArgs&);         \
     void token_pool(const PoolArgs&);                      \
     void token_pool_backward(const PoolArgs&);             \
+    void match_tokens(const MatchArgs&);                   \
+    void merge_tokens(const MergeArgs&);                   \
+    void merge_tokens_backward(const MergeArgs&);          \
     double peak_gflops(int threads);                       \
     }
 #define PSVIT_TABLE(ISA)                                                            \
     Kernels{#ISA,                    ISA::attention,       ISA::apply,               \
             ISA::attention_backward, ISA::apply_backward,  ISA::token_pool,          \
-            ISA::token_pool_backward, ISA::peak_gflops}
+            ISA::token_pool_backward, ISA::match_tokens,   ISA::merge_tokens,        \
+            ISA::merge_tokens_backward, ISA::peak_gflops}
 
 PSVIT_DECLARE(portable)
 #ifdef PSVIT_ISA_X86
@@ -187,6 +191,54 @@ void token_pool_backward(bool is_bfloat16, std::string kind, std::array<int64_t,
     kernels().token_pool_backward(a);
 }
 
+int64_t* integers(uintptr_t address) { return reinterpret_cast<int64_t*>(address); }
+
+// Addresses of into, order and starts.
+using Tables = std::array<uintptr_t, 3>;
+
+void match_tokens(bool is_bfloat16, std::array<int64_t, 6> size, Strided metric, Tables tables,
+                  int threads) {
+    MatchArgs a = {dtype(is_bfloat16), size[0],
+                   size[1],            size[2],
+                   size[3],            size[4],
+                   size[5],            view(metric),
+                   integers(tables[0]), integers(tables[1]),
+                   integers(tables[2]), threads};
+    py::gil_scoped_release release;
+    kernels().match_tokens(a);
+}
+
+MergeArgs merge_args(bool is_bfloat16, std::array<int64_t, 4> size, const Tables& tables,
+                     uintptr_t weights, uintptr_t sizes, Strided out, int threads) {
+    MergeArgs a = {};
+    a.dtype = dtype(is_bfloat16);
+    a.batch = size[0], a.tokens = size[1], a.outputs = size[2], a.channels = size[3];
+    a.into = integers(tables[0]), a.order = integers(tables[1]), a.starts = integers(tables[2]);
+    a.weights = floats(weights), a.sizes = floats(sizes);
+    a.out = view(out), a.threads = threads;
+    return a;
+}
+
+void merge_tokens(bool is_bfloat16, std::array<int64_t, 4> size, const Tables& tables,
+                  uintptr_t weights, uintptr_t sizes, Strided out, Strided x,
+                  std::optional<Strided> residual, std::optional<Strided> normed,
+                  uintptr_t norm_weight, uintptr_t norm_bias, float norm_eps, int threads) {
+    MergeArgs a = merge_args(is_bfloat16, size, tables, weights, sizes, out, threads);
+    a.x = view(x), a.residual = view(residual), a.normed = view(normed);
+    a.norm_weight = floats(norm_weight), a.norm_bias = floats(norm_bias), a.norm_eps = norm_eps;
+    py::gil_scoped_release release;
+    kernels().merge_tokens(a);
+}
+
+void merge_tokens_backward(bool is_bfloat16, std::array<int64_t, 4> size, const Tables& tables,
+                           uintptr_t weights, uintptr_t sizes, Strided grad_out, Strided dx,
+                           int threads) {
+    MergeArgs a = merge_args(is_bfloat16, size, tables, weights, sizes, grad_out, threads);
+    a.dx = view(dx);
+    py::gil_scoped_release release;
+    kernels().merge_tokens_backward(a);
+}
+
 std::vector<std::string> usable_isas() {
     std::vector<std::string> names;
     for (const Kernels& table : usable_tables()) names.push_back(table.isa);
@@ -204,6 +256,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("apply_backward", &apply_backward);
     m.def("token_pool", &token_pool);
     m.def("token_pool_backward", &token_pool_backward);
+    m.def("match_tokens", &match_tokens);
+    m.def("merge_tokens", &merge_tokens);
+    m.def("merge_tokens_backward", &merge_tokens_backward);
     m.def("peak_gflops", [](int threads) { return kernels().peak_gflops(threads); },
           py::call_guard<py::gil_scoped_release>(),
           "Fused multiply-adds in registers, in GFLOP/s: what no product can exceed.");

@@ -5,6 +5,7 @@ from .apply import apply_attention
 from .attention import attention
 from .choice import explain
 from .maps import AttentionMap, DenseMap, FactoredMap, QuantizedMap
+from .merging import Merged, TokenMatch, match_tokens, merge_tokens, select_tokens
 from .pooling import token_pool
 from .registry import providers, use
 
@@ -12,11 +13,16 @@ __all__ = [
     "AttentionMap",
     "DenseMap",
     "FactoredMap",
+    "Merged",
     "QuantizedMap",
+    "TokenMatch",
     "apply_attention",
     "attention",
     "explain",
+    "match_tokens",
+    "merge_tokens",
     "providers",
+    "select_tokens",
     "token_pool",
     "use",
 ]

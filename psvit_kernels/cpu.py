@@ -78,6 +78,10 @@ _SUPPORTS: dict[str, Callable[..., str | None]] = {
     ),
     "token_pool": _pool_reason,
     "token_pool_backward": lambda g, *args: _pool_reason(*args),
+    "match_tokens": lambda *_: None,
+    "select_tokens": lambda *_: "sorting scores is PyTorch's",
+    "merge_tokens": lambda *_: None,
+    "merge_tokens_backward": lambda *args: "gradients of weights" if args[-1] else None,
 }
 
 
@@ -378,3 +382,63 @@ def token_pool_backward(
         dweight = dtaps.t().contiguous().view(weight.shape).to(weight.dtype)
     dbias = absent if bias is None else dbias.flatten().to(bias.dtype)
     return dx, dweight, dbias, dnorm_weight, dnorm_bias
+
+
+# --- match_tokens, merge_tokens ---------------------------------------------------------------
+
+
+def match_tokens(metric, r, prefix):
+    b, h, n, d = metric.shape
+    tables = [metric.new_empty(b, size, dtype=torch.int64) for size in (n, n, n - r + 1)]
+    _native.match_tokens(
+        metric.dtype is torch.bfloat16, (b, h, n, d, prefix, r), _strided(metric),
+        [t.data_ptr() for t in tables], torch.get_num_threads(),
+    )  # fmt: skip
+    return tuple(tables)
+
+
+def merge_tokens(
+    x, residual, into, order, starts, weights, norm_weight, norm_bias, norm_eps
+):  # fmt: skip
+    b, n, c = x.shape
+    m = starts.shape[1] - 1
+    out, sizes = x.new_empty(b, m, c), x.new_empty(b, m, dtype=torch.float32)
+    normed = x.new_empty(0) if norm_weight is None else x.new_empty(b, m, c)
+    tables = [t.contiguous() for t in (into, order, starts)]
+    weights, norm_weight, norm_bias = (_float(t) for t in (weights, norm_weight, norm_bias))
+    _native.merge_tokens(
+        x.dtype is torch.bfloat16, (b, n, m, c), [t.data_ptr() for t in tables], _address(weights),
+        sizes.data_ptr(), _tokens(out), _tokens(x), None if residual is None else _tokens(residual),
+        None if norm_weight is None else _tokens(normed), _address(norm_weight),
+        _address(norm_bias), norm_eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return out, sizes, normed
+
+
+def merge_tokens_backward(
+    x, residual, into, order, starts, weights, norm_weight, norm_bias, norm_eps, sizes,
+    grad_tokens, grad_sizes, grad_normed, need_weights,
+):  # fmt: skip
+    b, n, c = x.shape
+    m = starts.shape[1] - 1
+    absent = _absent(x, 3)
+    g, dnorm = grad_tokens, absent[1:]
+    if norm_weight is not None:
+        wide = x.float() if residual is None else x.float() + residual
+        tokens, _, _ = merge_tokens(wide, None, into, order, starts, weights, None, None, 0.0)
+        dnormed = torch.zeros_like(tokens) if grad_normed is None else grad_normed.float()
+        through, *found = norm_backward(dnormed, tokens, norm_weight, norm_bias, norm_eps)
+        g = through.to(x.dtype) if g is None else (g + through).to(x.dtype)
+        dnorm = [
+            empty if t is None or d is None else d.to(t.dtype)
+            for t, d, empty in zip((norm_weight, norm_bias), found, absent[1:], strict=True)
+        ]
+    g = x.new_zeros(b, m, c) if g is None else _unit(g)
+    dx = x.new_empty(b, n, c)
+    tables = [t.contiguous() for t in (into, order, starts)]
+    weights, sizes = _float(weights), sizes.contiguous()
+    _native.merge_tokens_backward(
+        x.dtype is torch.bfloat16, (b, n, m, c), [t.data_ptr() for t in tables], _address(weights),
+        sizes.data_ptr(), _tokens(g), _tokens(dx), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, absent[0], *dnorm

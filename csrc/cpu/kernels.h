@@ -102,6 +102,37 @@ struct PoolArgs {
     int threads;
 };
 
+// Which tokens become which: see psvit_kernels/merging.py. Of `pairs` even positions after the
+// prefix, those most like an odd one, each joins that one.
+struct MatchArgs {
+    Dtype dtype;
+    int64_t batch, heads, tokens, depth, prefix, pairs;
+    View metric;  // (B, H, N, d)
+    int64_t* into;    // (B, N)
+    int64_t* order;   // (B, N)
+    int64_t* starts;  // (B, M + 1)
+    int threads;
+};
+
+// Weighted means of the tokens that become one, and their gradients.
+struct MergeArgs {
+    Dtype dtype;
+    int64_t batch, tokens, outputs, channels;
+    View x, residual;  // (B, N, C): the head stride is unused, here and below; residual may be null
+    const int64_t* into;
+    const int64_t* order;
+    const int64_t* starts;
+    const float* weights;  // (B, N) or null
+    float* sizes;          // (B, M)
+    View out;              // (B, M, C); backward: its gradient
+    View normed;           // null data: no LayerNorm
+    const float* norm_weight;
+    const float* norm_bias;  // null or (C)
+    float norm_eps;
+    View dx;  // backward only
+    int threads;
+};
+
 // One table per instruction set.
 struct Kernels {
     const char* isa;
@@ -111,6 +142,9 @@ struct Kernels {
     void (*apply_backward)(const ApplyBackwardArgs&);
     void (*token_pool)(const PoolArgs&);
     void (*token_pool_backward)(const PoolArgs&);
+    void (*match_tokens)(const MatchArgs&);
+    void (*merge_tokens)(const MergeArgs&);
+    void (*merge_tokens_backward)(const MergeArgs&);
     double (*peak_gflops)(int threads);
 };
 

@@ -6,8 +6,7 @@
 #include <cmath>
 
 #include "../parallel.h"
-#include "kernels.h"
-#include "simd.h"
+#include "tokens.h"
 
 namespace psvit::PSVIT_ISA {
 namespace {
@@ -57,11 +56,6 @@ struct Grid {
         return ky * a.kernel_w + kx;
     }
 };
-
-template <typename T>
-PSVIT_INLINE T* token(const View& view, int64_t b, int64_t n) {
-    return (T*)view.data + b * view.batch + n * view.row;
-}
 
 constexpr int64_t CHANNELS = 128;  // of a task
 
@@ -255,23 +249,7 @@ void pool_row(const PoolArgs& a, int64_t b, int64_t oy, int64_t first, int64_t l
 
 template <typename T>
 void normalise(const PoolArgs& a, const float* row, T* out) {
-    const int64_t channels = a.channels;
-    vf total = {};
-    for (int64_t c = 0; c < channels; c += W) total += load_upto(row + c, channels - c);
-    const float mean = sum_lanes(total) / float(channels);
-    total = vf{};
-    for (int64_t c = 0; c < channels; c += W) {
-        vf x = load_upto(row + c, channels - c) - mean;
-        if (channels - c < W) x = lane_numbers() < int32_t(channels - c) ? x : vf{};
-        total += x * x;
-    }
-    const float scale = 1.0f / sqrtf(sum_lanes(total) / float(channels) + a.norm_eps);
-    for (int64_t c = 0; c < channels; c += W) {
-        const int64_t left = channels - c;
-        vf x = (load_upto(row + c, left) - mean) * scale * load_upto(a.norm_weight + c, left);
-        if (a.norm_bias) x += load_upto(a.norm_bias + c, left);
-        store_upto(out + c, x, left);
-    }
+    layer_norm(row, a.channels, a.norm_weight, a.norm_bias, a.norm_eps, out);
 }
 
 // Whole rows of whole tokens, because the normalisation needs every channel.

@@ -70,6 +70,8 @@ def supports(op: str, args: tuple) -> str | None:
     reason = missing()
     if reason is not None:
         return reason
+    if op not in _FILES:
+        return "no kernel"
     heads = [args[i] for i in _HEADS[op]]
     first: Tensor = heads[0] if heads else args[0]
     if first.dtype not in _DTYPES:
