@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .epilogue import correction_backward, norm_backward
+from .epilogue import correction_backward, merge_gradient, norm_backward
 from .grid import pooled_grid
 from .maps import row_pitch
 
@@ -420,20 +420,11 @@ def merge_tokens_backward(
     grad_tokens, grad_sizes, grad_normed, need_weights,
 ):  # fmt: skip
     b, n, c = x.shape
-    m = starts.shape[1] - 1
-    absent = _absent(x, 3)
-    g, dnorm = grad_tokens, absent[1:]
-    if norm_weight is not None:
-        wide = x.float() if residual is None else x.float() + residual
-        tokens, _, _ = merge_tokens(wide, None, into, order, starts, weights, None, None, 0.0)
-        dnormed = torch.zeros_like(tokens) if grad_normed is None else grad_normed.float()
-        through, *found = norm_backward(dnormed, tokens, norm_weight, norm_bias, norm_eps)
-        g = through.to(x.dtype) if g is None else (g + through).to(x.dtype)
-        dnorm = [
-            empty if t is None or d is None else d.to(t.dtype)
-            for t, d, empty in zip((norm_weight, norm_bias), found, absent[1:], strict=True)
-        ]
-    g = x.new_zeros(b, m, c) if g is None else _unit(g)
+    g, *dnorm = merge_gradient(
+        merge_tokens, x, residual, (into, order, starts), weights, norm_weight, norm_bias,
+        norm_eps, grad_tokens, grad_normed,
+    )  # fmt: skip
+    m = g.shape[1]
     dx = x.new_empty(b, n, c)
     tables = [t.contiguous() for t in (into, order, starts)]
     weights, sizes = _float(weights), sizes.contiguous()
@@ -441,4 +432,4 @@ def merge_tokens_backward(
         x.dtype is torch.bfloat16, (b, n, m, c), [t.data_ptr() for t in tables], _address(weights),
         sizes.data_ptr(), _tokens(g), _tokens(dx), torch.get_num_threads(),
     )  # fmt: skip
-    return dx, absent[0], *dnorm
+    return dx, x.new_empty(0), *dnorm

@@ -5,6 +5,8 @@ The formulas that the reference and the providers share unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,36 @@ def norm_backward(
     return aten.native_layer_norm_backward(
         g.contiguous(), pooled, shape, mean, rstd, weight, bias, wanted
     )
+
+
+def merge_gradient(
+    merge: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    residual: Tensor | None,
+    tables: tuple[Tensor, Tensor, Tensor],
+    weights: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    grad_tokens: Tensor | None,
+    grad_normed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What comes back to merged tokens, themselves and through LayerNorm: `(B, M, C)`, dtype of x.
+
+    And the gradients of the norm's weight and bias, empty where they are absent. ``merge`` is the
+    provider's operation: the tokens are merged again, in float32.
+    """
+    dnorm = [x.new_empty(0) for _ in range(2)]  # no two may be one tensor
+    g = grad_tokens
+    if norm_weight is not None:
+        total = x.float() if residual is None else x.float() + residual
+        tokens, _, _ = merge(total, None, *tables, weights, None, None, 0.0)
+        dnormed = torch.zeros_like(tokens) if grad_normed is None else grad_normed.float()
+        through, *found = norm_backward(dnormed, tokens, norm_weight, norm_bias, norm_eps)
+        g = through if g is None else through + g
+        for i, (t, d) in enumerate(zip((norm_weight, norm_bias), found, strict=True)):
+            if t is not None and d is not None:
+                dnorm[i] = d.to(t.dtype)
+    if g is None:
+        g = x.new_zeros(len(x), tables[2].shape[1] - 1, x.shape[2])
+    return g.to(x.dtype).contiguous(), *dnorm

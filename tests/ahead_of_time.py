@@ -229,6 +229,24 @@ def _pool_backward(kind: str, norm: bool, dtype: torch.dtype = BF16) -> None:
     )
 
 
+def _match(n: int, heads: int, d: int, r: int, dtype: torch.dtype = BF16) -> None:
+    provider.match_tokens(torch.empty(64, heads, n, d, dtype=dtype), r, 1)
+
+
+def _merge(c: int, everything: bool, backward: bool, dtype: torch.dtype = BF16) -> None:
+    n, m = 197, 184
+    x, g = torch.empty(64, n, c, dtype=dtype), torch.empty(64, m, c, dtype=dtype)
+    into, order, starts = (torch.empty(64, size, dtype=torch.int64) for size in (n, n, m + 1))
+    more = (x, torch.empty(64, n), torch.empty(c), torch.empty(c)) if everything else (None,) * 4
+    residual, weights, *norm = more
+    if backward:
+        norm = [None, None]  # PyTorch's own
+        arguments = (x, residual, into, order, starts, weights, *norm, 1e-6, torch.empty(64, m))
+        provider.merge_tokens_backward(*arguments, g, None, None, False)
+    else:
+        provider.merge_tokens(x, residual, into, order, starts, weights, *norm, 1e-6)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "attention, 197": partial(_attention, 197, BF16, False),
     "attention, dense map, 197": partial(_attention, 197, BF16, True),
@@ -265,6 +283,13 @@ CASES: dict[str, Callable[[], None]] = {
     "apply backward, factored, linked": partial(_apply_backward, 577, "factored", True),
     "apply backward, factored": partial(_apply_backward, 577, "factored", False),
     "apply backward, dense, linked, float32": partial(_apply_backward, 197, "dense", True, F32),
+    "match, 197": partial(_match, 197, 6, 64, 13),
+    "match, 577, d = 80": partial(_match, 577, 16, 80, 40),
+    "match, 197, float32": partial(_match, 197, 6, 64, 13, F32),
+    "merge, 384": partial(_merge, 384, False, False),
+    "merge, 768, with everything": partial(_merge, 768, True, False),
+    "merge, 1024, with everything, float32": partial(_merge, 1024, True, False, F32),
+    "merge backward, 768, weights": partial(_merge, 768, True, True),
     "exponentials": lambda: exponentials(torch.empty(4096, 4096)),
     "pool, max": partial(_pool_forward, "max", False),
     "pool, max, norm": partial(_pool_forward, "max", True),

@@ -21,8 +21,8 @@ ARCHITECTURES = (80, 90, 100)
 #: What a product of half precision must have become.
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
-#: Kernels without a product.
-NO_PRODUCT = ("_pool", "_delta", "_exponentials")
+#: Kernels without a product for tensor cores.
+NO_PRODUCT = ("_pool", "_delta", "_exponentials", "_merge", "_match")  # a match is exact
 
 
 @pytest.fixture(scope="module")

@@ -196,6 +196,22 @@ def _row(channels: int) -> tuple[int, int]:
     return block, max(1, min(16, block // 256))
 
 
+def merge(channels: int) -> list[Config]:
+    """Whole rows of the result, several at a time so that their loads are in flight together; 8
+    or 16 channels a thread, for there are weights, a residual and LayerNorm to hold too."""
+    block, warps = _row(channels)
+    tokens = max(1, 512 * warps // block)
+    return [
+        Config({"BLOCK_T": t, "BLOCK_C": block}, num_warps=min(16, 2 * warps), num_stages=1)
+        for t in (tokens, 2 * tokens)
+    ]
+
+
+def match(depth: int) -> list[Config]:
+    """Square tiles of scores; products without tensor cores hold both operands in registers."""
+    return [Config({"BLOCK": min(64, 4096 // depth)}, num_warps=8, num_stages=1)]
+
+
 def pool_weight(dtype: torch.dtype) -> list[Config]:
     """32 sums a thread, and as many elements of x in flight."""
     return [Config({"BLOCK_T": 4, "BLOCK_C": 128 // dtype.itemsize}, num_warps=4, num_stages=1)]

@@ -35,6 +35,9 @@ _FILES = {
     "apply_factored_backward": "apply_backward",
     "token_pool": "pool",
     "token_pool_backward": "pool_backward",
+    "match_tokens": "merge",
+    "merge_tokens": "merge",
+    "merge_tokens_backward": "merge",
 }
 
 #: Which arguments have a head dim last; the first of them tells the dtype.
@@ -50,6 +53,9 @@ _HEADS = {
     "apply_factored_backward": (1, 2, 6),
     "token_pool": (),
     "token_pool_backward": (),
+    "match_tokens": (0,),
+    "merge_tokens": (),
+    "merge_tokens_backward": (),
 }
 
 
@@ -72,6 +78,8 @@ def supports(op: str, args: tuple) -> str | None:
         return reason
     if op not in _FILES:
         return "no kernel"
+    if op == "merge_tokens_backward" and args[-1]:
+        return "gradients of weights"
     heads = [args[i] for i in _HEADS[op]]
     first: Tensor = heads[0] if heads else args[0]
     if first.dtype not in _DTYPES:
