@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
+from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 from torch import nn
@@ -12,8 +13,9 @@ from torch import nn
 from . import adapters
 from .block import Block
 from .layout import GridSource, RecordGrid
+from .merging import merge_counts
 from .pooling import GridPool, Kind
-from .schedule import Schedule
+from .schedule import ATTEND, Schedule
 from .stack import Stack
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,6 +28,7 @@ def accelerate(
     pool: Kind = "max",
     dims: Literal[1, 2] = 2,
     size_bias: bool = False,
+    merge: int | Sequence[int] | str = 0,
     strip: bool = False,
     inplace: bool = False,
 ) -> Model:
@@ -45,6 +48,11 @@ def accelerate(
             distillation, registers) pass beside either, since heads look for them by place.
         size_bias: add the log of the number of patches that a pooled token stands for to its key,
             so that prefix tokens are not overweighted.
+        merge: how many tokens are merged with the one most like them, in each layer between
+            attention and MLP; or a number for each layer; or a text as "0.57": the fewest in every
+            layer that leave so much of the FLOPs that the model has without schedule. At most half
+            of the patches left can be merged. One number for all leaves out layers before a pool,
+            which needs a grid, and those whose map a later one shares.
         strip: drop the Q and K parameters of sharing layers. Saves memory, for deployment: state
             dicts no longer fit the host, and ``restore`` can't bring them back.
         inplace: convert ``model`` itself instead of a copy.
@@ -56,14 +64,15 @@ def accelerate(
     Raises:
         ValueError: a model that psvit doesn't know, or with parts that it doesn't know, by name;
             one that is converted already; a schedule that is none or has another depth; a pool
-            where the host needs every token. Nothing is changed then.
+            or merging where the host needs every token, merging where it can't be. Nothing is
+            changed then.
         TypeError: not a module, not a schedule.
 
     Warns:
         UserWarning: if the schedule shares or pools. Pretrained weights then compute something
         else: fine-tune, best with the original model as a teacher.
 
-    Source: PSViT, arXiv 2108.03428.
+    Source: PSViT, arXiv 2108.03428; Token Merging, arXiv 2210.09461.
     """
     encoder = adapters.find(model)
     if isinstance(encoder.container, Stack):
@@ -75,11 +84,18 @@ def accelerate(
     schedule = Schedule.parse(schedule, depth=len(encoder.layers))
     if schedule.pools and encoder.whole is not None:
         raise ValueError(f'schedule "{schedule}": pools tokens, but {encoder.whole}')
+    if isinstance(merge, str):
+        merge = _merge_for(merge, model, schedule, pool, dims)
+    counts = merge_counts(merge, schedule)
+    if any(counts) and encoder.whole is not None:
+        raise ValueError(f"merge: got {merge}, but {encoder.whole}")
     _pools(encoder, schedule, pool, dims)  # whether they can be made
     if not inplace:
         model = copy.deepcopy(model)
         encoder = adapters.find(model)
-    _convert(encoder, schedule, _pools(encoder, schedule, pool, dims), size_bias, strip)
+    _convert(encoder, schedule, _pools(encoder, schedule, pool, dims), size_bias, counts, strip)
+    if max(counts) > 0:
+        _warn_of_halves(model, schedule, pool, dims, counts)
     if not schedule.is_plain:
         warnings.warn(
             f'schedule "{schedule}" changes what the model computes: on pretrained weights expect '
@@ -118,6 +134,48 @@ def restore(model: Model) -> Model:
     return model
 
 
+def _merge_for(
+    text: str, model: nn.Module, schedule: Schedule, pool: Kind, dims: Literal[1, 2]
+) -> int:
+    """The fewest pairs in each layer that leave so much of the FLOPs."""
+    try:
+        wanted = float(text)
+    except ValueError:
+        wanted = -1.0
+    if not 0 < wanted <= 1:
+        raise ValueError(f'merge: got "{text}", expected a part of the FLOPs above 0, as "0.57"')
+    whole = Schedule(ATTEND * schedule.depth).flops(model)
+    before, r = float("inf"), 0
+    part = schedule.flops(model, pool=pool, dims=dims) / whole
+    while wanted < part < before:  # until no more can be merged
+        r += 1
+        before, part = part, schedule.flops(model, pool=pool, dims=dims, merge=r) / whole
+    if part <= wanted:
+        return r
+    raise ValueError(f'merge: got "{text}", but merging all that can be leaves {part:.3f}')
+
+
+def _warn_of_halves(
+    model: nn.Module,
+    schedule: Schedule,
+    pool: Kind,
+    dims: Literal[1, 2],
+    counts: tuple[int, ...],
+) -> None:
+    """Says once that in some layers fewer tokens are merged than was asked for."""
+    prefix = adapters.find(model).prefix
+    rows = schedule.rows(model, pool=pool, dims=dims, merge=counts)[1:-1]
+    for i, (row, r) in enumerate(zip(rows, counts, strict=True)):
+        most = (row.tokens - prefix) // 2
+        if r > most:
+            warnings.warn(
+                f"merge: {r} in layer {i + 1} is more than half of the {row.tokens - prefix} "
+                f"patches left there; {most} are merged",
+                stacklevel=3,
+            )
+            return
+
+
 def _check_converted(model: nn.Module, stack: Stack) -> None:
     if stack.built:
         raise ValueError(
@@ -142,6 +200,7 @@ def _convert(
     schedule: Schedule,
     pools: list[GridPool],
     size_bias: bool,
+    merge: tuple[int, ...],
     strip: bool,
 ) -> None:
     """Everything is checked by now; the host changes in the last lines only."""
@@ -162,6 +221,7 @@ def _convert(
         grid=source,
         pools=pools,
         size_bias=size_bias,
+        merge=merge,
     )
     setattr(encoder.owner, encoder.attribute, stack)
     encoder.embedding.register_forward_hook(RecordGrid(source, encoder.measure))

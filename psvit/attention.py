@@ -22,12 +22,24 @@ class MapSlot:
     Args:
         record: called with each layer's `(B, H, N, N)` probabilities, if somebody wants them.
         reuses: how many layers apply the map after the one that computes it.
+        merges: whether the last of them merges tokens, by the keys of the first.
     """
 
-    def __init__(self, record: Callable[[Tensor], object] | None = None, reuses: int = 0) -> None:
+    def __init__(
+        self,
+        record: Callable[[Tensor], object] | None = None,
+        reuses: int = 0,
+        merges: bool = False,
+    ) -> None:
         self.map: AttentionMap | None = None
+        self.keys: Tensor | None = None
         self.reuses = reuses
         self.record = record
+        self.merges = merges
+
+    @property
+    def wants_map(self) -> bool:
+        return self.reuses > 0 or self.record is not None
 
 
 class Attention(nn.Module, ABC):
@@ -79,7 +91,8 @@ class Attention(nn.Module, ABC):
             attn_map: AttentionMap | None = shared
         else:
             q, k, v = self.project(x)
-            form: Literal["dense"] | None = None if slot is None and not p else "dense"
+            wanted = p > 0 or (slot is not None and slot.wants_map)
+            form: Literal["dense"] | None = "dense" if wanted else None
             reuses = 0 if slot is None else slot.reuses
             bias = None if bias is None else bias.to(q.dtype)
             out, attn_map = attention(
@@ -88,6 +101,8 @@ class Attention(nn.Module, ABC):
             if p:
                 assert attn_map is not None
                 out = apply_attention(attn_map, v, dropout=p)
+            if slot is not None and slot.merges:
+                slot.keys = k
         if slot is not None:
             slot.map = attn_map
             if slot.record is not None and attn_map is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from .attention import Attention, MapSlot
 from .host import adopt, hand_back
+
+Merge = Callable[[Tensor, Tensor, nn.Module], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,34 @@ class Block(nn.Module):
         linears = [m for m in getattr(self, self.names.mlp).modules() if type(m) is nn.Linear]
         return linears[-1] if linears and linears[-1].out_features == width else None
 
-    def forward(self, x: Tensor, slot: MapSlot | None = None, bias: Tensor | None = None) -> Tensor:
-        """`(B, N, C)` to `(B, N, C)`; ``slot`` and ``bias`` are for ``Attention``.
+    def forward(
+        self,
+        x: Tensor,
+        slot: MapSlot | None = None,
+        bias: Tensor | None = None,
+        merge: Merge | None = None,
+    ) -> Tensor:
+        """`(B, N, C)` to `(B, N, C)`, or fewer tokens if some are merged.
 
         Hooks on a block get tokens and give tokens, as on the host's layer.
+
+        Args:
+            x: tokens.
+            slot, bias: for ``Attention``.
+            merge: makes of the tokens and of what the attention adds to them the tokens that the
+                MLP adds to, and what the norm makes of those. None: their sum.
         """
         names = self.names
         y = self.attention_layer(getattr(self, names.norm1)(x), slot=slot, bias=bias)
         for name in names.after_attention:
             y = getattr(self, name)(y)
-        x = x + y
-        y = getattr(self, names.mlp)(getattr(self, names.norm2)(x))
+        norm = getattr(self, names.norm2)
+        if merge is None:
+            x = x + y
+            y = norm(x)
+        else:
+            x, y = merge(x, y, norm)
+        y = getattr(self, names.mlp)(y)
         for name in names.after_mlp:
             y = getattr(self, name)(y)
         return x + y

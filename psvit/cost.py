@@ -7,12 +7,14 @@ width C and H d = D: a linear layer costs 2 N times the elements of its weight, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import nn
 
 from . import adapters
 from .layout import Layout
+from .merging import merge_counts, tokens_left
 from .pooling import GridPool, Kind
 from .schedule import Schedule
 from .stack import Stack
@@ -24,8 +26,8 @@ class LayerCost(NamedTuple):
     Args:
         name: "embedding", the number of the layer counted from 1, or "rest".
         kind: "A", "S", or "" for what is no layer.
-        tokens: that it works on, for one image; 1 for the rest, which sees the class token or the
-            mean of the others.
+        tokens: that it works on, for one image, before it merges some; 1 for the rest, which sees
+            the class token or the mean of the others.
         flops: of one image.
         params: that take part.
     """
@@ -43,6 +45,7 @@ def layer_costs(
     *,
     pool: Kind = "max",
     dims: Literal[1, 2] = 2,
+    merge: int | Sequence[int] = 0,
 ) -> list[LayerCost]:
     """What each part of a model costs for one image of the size that the model is set up for.
 
@@ -50,7 +53,7 @@ def layer_costs(
         model: converted or not; one that ``accelerate`` knows.
         schedule: what it shall run under, whatever it runs under now. If that is the schedule the
             model has, its own pools are taken.
-        pool, dims: as for ``accelerate``.
+        pool, dims, merge: as for ``accelerate``; finding what to merge isn't counted.
 
     Raises:
         ValueError: as ``accelerate``.
@@ -63,6 +66,7 @@ def layer_costs(
     weights = sum(p.numel() for p in convolution.parameters())
     flops = 2 * layout.cells * convolution.weight.numel()
     rows = [LayerCost("embedding", "", layout.tokens, flops, weights)]
+    counts, gone = merge_counts(merge, schedule), 0
     for i, layer in enumerate(encoder.layers.values()):
         flops = params = 0
         if i in schedule.pools:
@@ -70,12 +74,12 @@ def layer_costs(
             params += sum(p.numel() for p in before.parameters())
             flops += before.flops(layout)
             layout = before.reduced(layout)
-        kind = schedule.kinds[i]
-        layer_flops, layer_params = _layer(layer, encoder.names.attention, kind, layout.tokens)
-        rows.append(
-            LayerCost(str(i + 1), kind, layout.tokens, flops + layer_flops, params + layer_params)
-        )
-    rows.append(_rest(model, encoder, layout.tokens))
+        kind, tokens = schedule.kinds[i], layout.tokens - gone
+        (left,) = tokens_left(tokens, encoder.prefix, counts[i : i + 1])
+        gone += tokens - left
+        layer_flops, layer_params = _layer(layer, encoder.names.attention, kind, tokens, left)
+        rows.append(LayerCost(str(i + 1), kind, tokens, flops + layer_flops, params + layer_params))
+    rows.append(_rest(model, encoder, layout.tokens - gone))
     return rows
 
 
@@ -94,8 +98,11 @@ _FUSED = ("qkv.weight", "qkv.bias", "in_proj_weight", "in_proj_bias")
 _QUERY_KEY = ("q_proj.", "k_proj.", "q_norm.", "k_norm.")
 
 
-def _layer(layer: nn.Module, attention: str, kind: str, tokens: int) -> tuple[int, int]:
-    """FLOPs and parameters; each parameter with two dimensions is the weight of a linear layer."""
+def _layer(layer: nn.Module, attention: str, kind: str, tokens: int, left: int) -> tuple[int, int]:
+    """FLOPs and parameters; each parameter with two dimensions is the weight of a linear layer.
+
+    What isn't the attention gets the tokens that are left when some have been merged.
+    """
     host = getattr(layer, attention)
     stripped = getattr(host, "stripped", False)
     flops = params = width = 0
@@ -111,7 +118,8 @@ def _layer(layer: nn.Module, attention: str, kind: str, tokens: int) -> tuple[in
         if part == "v_proj.weight":
             width = parameter.shape[0]
         params += count
-        flops += 2 * tokens * count if parameter.dim() == 2 else 0
+        rows = tokens if part else left
+        flops += 2 * rows * count if parameter.dim() == 2 else 0
     products = 2 if kind == "A" else 1
     return flops + products * 2 * tokens**2 * width, params
 

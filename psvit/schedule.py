@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -122,16 +122,28 @@ class Schedule:
         return self.text == ATTEND * self.depth
 
     def rows(
-        self, model: nn.Module, *, pool: Kind = "max", dims: Literal[1, 2] = 2
+        self,
+        model: nn.Module,
+        *,
+        pool: Kind = "max",
+        dims: Literal[1, 2] = 2,
+        merge: int | Sequence[int] = 0,
     ) -> list[LayerCost]:
         """Cost of each layer of ``model`` under this schedule: see ``psvit.cost.layer_costs``."""
         from .cost import layer_costs
 
-        return layer_costs(model, self, pool=pool, dims=dims)
+        return layer_costs(model, self, pool=pool, dims=dims, merge=merge)
 
-    def flops(self, model: nn.Module, *, pool: Kind = "max", dims: Literal[1, 2] = 2) -> int:
+    def flops(
+        self,
+        model: nn.Module,
+        *,
+        pool: Kind = "max",
+        dims: Literal[1, 2] = 2,
+        merge: int | Sequence[int] = 0,
+    ) -> int:
         """FLOPs of one image through ``model`` under this schedule, a multiply-add counted as 2."""
-        return sum(row.flops for row in self.rows(model, pool=pool, dims=dims))
+        return sum(row.flops for row in self.rows(model, pool=pool, dims=dims, merge=merge))
 
     def params(self, model: nn.Module, *, pool: Kind = "max", dims: Literal[1, 2] = 2) -> int:
         """Parameters of ``model`` that take part: without Q and K of the sharing layers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .attention import MapSlot
 from .block import Block
 from .host import adopt
 from .layout import GridSource, Layout, size_bias
+from .merging import Merged, add_and_merge
 from .pooling import GridPool
 from .schedule import Schedule
 
@@ -40,6 +42,7 @@ class Stack(nn.Module):
         pools: one for each pool of the schedule.
         size_bias: whether keys of pooled tokens get the log of the number of tokens they stand
             for.
+        merge: pairs of tokens that each block merges; none if empty.
     """
 
     #: Called with the map of each layer, if somebody wants them: see ``record_maps``.
@@ -58,6 +61,7 @@ class Stack(nn.Module):
         grid: GridSource,
         pools: Sequence[GridPool],
         size_bias: bool = False,
+        merge: Sequence[int] = (),
     ) -> None:
         super().__init__()
         adopt(self, host, children=False)
@@ -70,6 +74,7 @@ class Stack(nn.Module):
         self.prefix = prefix
         self.grid = grid
         self.size_bias = size_bias
+        self.merge = tuple(merge) or (0,) * schedule.depth
         # What a pass asks the schedule, as plain tuples: tracing can't follow cached properties.
         self.stages = tuple(s for s, layers in enumerate(schedule.stages) for _ in layers)
         self.donors = schedule.donors
@@ -121,6 +126,7 @@ class Stack(nn.Module):
             grid=self.grid,
             pools=[self.pool(i) for i in range(len(schedule.pools))],
             size_bias=self.size_bias,
+            merge=self.merge[:count],
         )
         stack.training = self.training
         return stack
@@ -151,7 +157,8 @@ class Stack(nn.Module):
         return host if len(host) == len(self) else host[: len(self)]
 
     def extra_repr(self) -> str:
-        return f'schedule="{self.schedule}", prefix={self.prefix}, size_bias={self.size_bias}'
+        parts = f'schedule="{self.schedule}", prefix={self.prefix}, size_bias={self.size_bias}'
+        return f"{parts}, merge={self.merge}" if any(self.merge) else parts
 
 
 class Flow:
@@ -160,6 +167,9 @@ class Flow:
     def __init__(self, stack: Stack, record: Callable[[Tensor], object] | None = None) -> None:
         self.stack = stack
         self.layouts: list[Layout] | None = None
+        #: What the tokens are that enter a block, for those after the first that merges. By block,
+        #: so that a checkpoint which runs one again finds what it found before.
+        self.merged: dict[int, Merged] = {}
         #: Outputs that a checkpointed group has made already, each with the input it belongs to.
         self.ready: list[tuple[Tensor, Tensor]] = []
         self.open(stack.recorder if record is None else record)
@@ -167,8 +177,12 @@ class Flow:
     def open(self, record: Callable[[Tensor], object] | None) -> None:
         """A slot for each group whose map somebody else wants."""
         groups = self.stack.groups
-        wanted = [group for group in groups if len(group) > 1 or record is not None]
-        self.slots = {group[0]: MapSlot(record, len(group) - 1) for group in wanted}
+        merge = self.stack.merge
+        self.slots = {
+            group[0]: MapSlot(record, len(group) - 1, merge[group[-1]] > 0)
+            for group in groups
+            if len(group) > 1 or record is not None or merge[group[-1]]
+        }
 
     def run(self, index: int, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """One block, after the pool that stands before it, if one does."""
@@ -181,16 +195,48 @@ class Flow:
         if index and stage > stack.stages[index - 1]:
             assert self.layouts is not None
             x, _ = stack.pool(stage - 1).reduce(x, self.layouts[stage - 1])
-        bias = self._bias(stage, x, mask) if donor == index else None
+        bias = self._bias(index, x, mask) if donor == index else None
         slot = self.slots.get(donor)
-        out = stack.block(index)(x, slot=slot, bias=bias)
+        merge = partial(self._merge, index, slot) if stack.merge[index] else None
+        out = stack.block(index)(x, slot=slot, bias=bias, merge=merge)
+        if index in self.merged:
+            self.merged.setdefault(index + 1, self.merged[index])
         last = index + 1 == len(stack) or stack.donors[index + 1] != donor
         if last and slot is not None and not torch.is_grad_enabled():
-            slot.map = None  # with gradients on, a checkpoint may run the sharing layers again
+            # With gradients on, a checkpoint may run the sharing layers again.
+            slot.map = slot.keys = None
         return out
 
-    def _bias(self, stage: int, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        sizes = None if self.layouts is None else size_bias(self.layouts[stage], x)
+    def _merge(
+        self, index: int, slot: MapSlot | None, x: Tensor, branch: Tensor, norm: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        assert slot is not None and slot.keys is not None
+        before = self.merged.get(index) or self._unmerged(index, x)
+        r, prefix = self.stack.merge[index], self.stack.prefix
+        tokens, normed, merged = add_and_merge(x, branch, norm, slot.keys, r, prefix, before)
+        self.merged[index + 1] = merged
+        return tokens, normed
+
+    def _unmerged(self, index: int, x: Tensor) -> Merged | None:
+        """Tokens that stand for several because they were pooled, where that counts."""
+        sizes = None if self.layouts is None else self.layouts[self.stack.stages[index]].sizes
+        if sizes is None:
+            return None
+        each = torch.tensor(sizes, dtype=torch.float32, device=x.device)
+        itself = torch.arange(len(sizes), device=x.device)
+        return Merged(each.repeat(len(x), 1), itself.repeat(len(x), 1))
+
+    def _bias(self, index: int, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        stage = self.stack.stages[index]
+        if index in self.merged:
+            sizes: Tensor | None = self.merged[index].bias(x)
+        else:
+            sizes = None if self.layouts is None else size_bias(self.layouts[stage], x)
+        if mask is not None and any(self.stack.merge):
+            raise ValueError(
+                "attn_mask: got a mask for a model that merges tokens, expected None; a mask "
+                "doesn't say what it means for merged tokens"
+            )
         if mask is None:
             return sizes
         if stage:

@@ -83,4 +83,4 @@ def merge_gradient(
                 dnorm[i] = d.to(t.dtype)
     if g is None:
         g = x.new_zeros(len(x), tables[2].shape[1] - 1, x.shape[2])
-    return g.to(x.dtype).contiguous(), *dnorm
+    return g.to(x.dtype).contiguous(), dnorm[0], dnorm[1]

@@ -17,6 +17,7 @@ from merge_cases import (
     random_match,
     table_match,
 )
+from torch._dynamo.testing import CompileCounter
 
 import psvit_kernels as pk
 
@@ -261,7 +262,7 @@ def test_opcheck_of_selection():
 def test_it_compiles_whole_and_for_every_image(provider):
     """No graph break, and no recompilation for images whose tokens merge in another way."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     @torch.compile(fullgraph=True, backend=counter)
     def merge(x, keys):
