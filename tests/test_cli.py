@@ -82,7 +82,10 @@ BAD_INPUT = [
     ((), "the following arguments are required: COMMAND"),
     (("acelerate",), "invalid choice: 'acelerate'"),
     (("accelerate",), "the following arguments are required: MODEL"),
-    (("accelerate", "test_vit"), "one of the arguments --schedule --plan is required"),
+    (("accelerate", "test_vit"), "expected one of --schedule, --plan and --merge"),
+    ((*ACCELERATE, "--merge", "3,x"), "got 3,x, expected a number, one for each layer"),
+    ((*ACCELERATE, "--merge", "3,3"), "merge: got 2 numbers, expected 6 as layers"),
+    ((*ACCELERATE, "--merge", "0.01"), 'merge: got "0.01", but merging all that can be leaves'),
     (("demo", "--epochs", "0"), "argument --epochs: got 0, expected a whole number from 1 up"),
     (("demo", "--output", "{}/note.txt"), "--output can't be written: {}/note.txt: File exists"),
     (("demo", "--output", "{}/note.txt/below"), "note.txt/below: Not a directory"),
@@ -213,6 +216,16 @@ def test_accelerate_as_json(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     saved = safetensors.load_file(place / "fast.safetensors")
     assert saved.keys() == timm.create_model(MODEL).state_dict().keys()
     (place / "fast.safetensors").unlink()
+
+
+@pytest.mark.parametrize("merge", ["2", "2,2,2,2,2,2", "0.8"])
+def test_accelerate_merges(merge: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, *ACCELERATE, "--merge", merge, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["schedule"] == "AAAAAA" and len(set(found["merge"])) == 1
+    r, tokens = found["merge"][0], [layer["tokens"]["after"] for layer in found["layers"][1:-1]]
+    assert r > 0 and tokens == [tokens[0] - r * i for i in range(6)]
+    assert found["flops"]["ratio"] > 1
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "model.pt"])

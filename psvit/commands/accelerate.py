@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import print_tables, progress, say, short, table
 from ..outputs import has_classes, logits_of
+from ..stack import find_stack
 from . import models
 from .common import (
     BadInputError,
@@ -32,20 +33,21 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   psvit accelerate vit_tiny_patch16_224 --schedule "AAAAAA|AAAAAS"
+  psvit accelerate vit_tiny_patch16_224 --merge 13
   psvit accelerate vit_tiny_patch16_224 --schedule "AAAAAA|AAAAAS" --pool stride --size-bias \\
       --weights vit.safetensors --images photos/ --labels labels.csv
   psvit accelerate hf:my-vit/ --schedule "AAAAAAAAAAAS" --output fast.safetensors --json
 
 schedule: one character a layer. A attends, S shares the map of the nearest A before it,
-| pools the tokens between two layers. `psvit analyze` proposes one. Without fine-tuning,
---pool stride --size-bias keeps most of what pretrained weights can do.
+| pools the tokens between two layers. `psvit analyze` proposes one. Without fine-tuning, --merge
+keeps most of what pretrained weights can do, then --pool stride --size-bias.
 """
 NOT_TUNED = "Neither calibrated nor fine-tuned: what agreement is lost here, training can win back."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
-    which = parser.add_mutually_exclusive_group(required=True)
+    which = parser.add_mutually_exclusive_group()
     which.add_argument("--schedule", metavar="TEXT", help='such as "AASA|ASSS"')
     which.add_argument(
         "--plan",
@@ -68,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a pooled token counts for as many keys as it stands for",
     )
     parser.add_argument(
+        "--merge",
+        type=_merge,
+        metavar="N",
+        help="merge N pairs of tokens in every layer; or N,N,... layer by layer; or as many as "
+        "leave a part of the FLOPs, such as 0.57",
+    )
+    parser.add_argument(
         "--strip", action="store_true", help="drop the Q and K parameters of sharing layers"
     )
     parser.add_argument(
@@ -84,6 +93,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="FILE.safetensors", help="save the converted state dict"
     )
     add_json(parser)
+
+
+def _merge(text: str) -> int | list[int] | str:
+    if "." in text:
+        return text
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        expected = "a number, one for each layer (3,0,3), or a part of the FLOPs (0.57)"
+        raise argparse.ArgumentTypeError(f"got {text}, expected {expected}") from None
+    return counts if "," in text else counts[0]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _converted(args: argparse.Namespace, work: Path | None) -> dict[str, Any]:
     """Everything the command finds out; saves the state dict at ``work`` if there is one."""
+    if args.schedule is None and args.plan is None and args.merge is None:
+        raise BadInputError("expected one of --schedule, --plan and --merge")
     files = models.select_images(args) if args.images else []
     labels = _labels(args, files)
     loaded = models.load(args)
@@ -123,6 +145,7 @@ def _converted(args: argparse.Namespace, work: Path | None) -> dict[str, Any]:
         "pool": args.pool if schedule.pools else None,
         "dims": args.dims,
         "size_bias": args.size_bias,
+        "merge": list(find_stack(fast).merge),
         "tuned": args.plan is not None,
         **costs(loaded.model, fast, schedule, args),
         **speeds(loaded.model, fast, inputs(loaded.preprocess, files, args.batch), args.seconds),
@@ -153,19 +176,23 @@ def _labels(args: argparse.Namespace, files: Sequence[Path]) -> list[int] | None
 
 def convert(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Schedule]:
     """The converted copy and its schedule."""
+    from .. import adapters
     from ..accelerate import accelerate
     from ..planning.plan import Plan
-    from ..schedule import Schedule
+    from ..schedule import ATTEND, Schedule
 
     if args.plan is not None:
         plan = Plan.load(args.plan)
         if args.strip:
             raise ValueError("--strip: expected without --plan, whose weights have Q and K")
+        if args.merge is not None:
+            raise ValueError("--merge: expected without --plan, which was made without")
         args.pool, args.dims, args.size_bias = plan.pool, plan.dims, plan.size_bias
         return plan.apply(model).eval(), plan.schedule
+    text = args.schedule or ATTEND * len(adapters.find(model).layers)
     options = {"pool": args.pool, "dims": args.dims, "size_bias": args.size_bias}
-    fast = accelerate(model, args.schedule, strip=args.strip, **options)
-    return fast.eval(), Schedule.parse(args.schedule)
+    fast = accelerate(model, text, strip=args.strip, merge=args.merge or 0, **options)
+    return fast.eval(), Schedule.parse(text)
 
 
 # --- cost -----------------------------------------------------------------------------------
@@ -176,7 +203,8 @@ def costs(
 ) -> dict[str, Any]:
     """FLOPs of one image and parameters in use, before and after, in all and layer by layer."""
     before = type(schedule)("A" * schedule.depth).rows(model)
-    after = schedule.rows(fast, pool=args.pool, dims=args.dims)
+    merge = find_stack(fast).merge
+    after = schedule.rows(fast, pool=args.pool, dims=args.dims, merge=merge)
     flops = [sum(row.flops for row in rows) for rows in (before, after)]
     params = [sum(row.params for row in rows) for rows in (before, after)]
     return {
@@ -307,8 +335,9 @@ KINDS = {"A": "attends", "": ""}
 
 def _show(result: dict[str, Any]) -> None:
     pools = f", {result['pool']} pool" if result["pool"] else ""
+    merges = f", {sum(result['merge'])} tokens merged" if any(result["merge"]) else ""
     print_tables(
-        _layer_table(result, f"{result['model']} as {result['schedule']}{pools}"),
+        _layer_table(result, f"{result['model']} as {result['schedule']}{pools}{merges}"),
         _summary_table(result),
         *_remarks(result),
     )
