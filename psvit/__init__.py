@@ -12,7 +12,7 @@ from .planning.plan import Plan
 from .planning.run import plan
 from .pooling import GridPool
 from .schedule import Schedule
-from .stack import record_maps
+from .stack import record_maps, record_merges
 
 register_when_imported()
 
@@ -32,6 +32,7 @@ __all__ = [
     "init",
     "plan",
     "record_maps",
+    "record_merges",
     "restore",
 ]
 

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from psvit_kernels import match_tokens, merge_tokens
@@ -24,6 +25,19 @@ class Merged(NamedTuple):
 
     sizes: Tensor
     into: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Merged:
+        """Tokens `(B, N, C)` that are what they were."""
+        b, n, _ = x.shape
+        itself = torch.arange(n, device=x.device).repeat(b, 1)
+        return cls(torch.ones(b, n, device=x.device), itself)
+
+    def upsample(self, y: Tensor, prefix: int) -> Tensor:
+        """What belongs to merged patches, at the places of the patches: `(B, M - prefix, C)` to
+        `(B, N - prefix, C)`, each a copy of that of the token it is a part of."""
+        into = self.into[:, prefix:, None] - prefix
+        return y.gather(1, into.expand(-1, -1, y.shape[2]))
 
     def bias(self, like: Tensor) -> Tensor:
         """The log of the sizes, to add to the scores of keys, `(B, 1, 1, M)`.

@@ -48,6 +48,10 @@ class Stack(nn.Module):
     #: Called with the map of each layer, if somebody wants them: see ``record_maps``.
     recorder: Callable[[Tensor], object] | None = None
 
+    #: Called with what the tokens are after each layer, if somebody wants it: see
+    #: ``record_merges``.
+    merge_recorder: Callable[[Merged], object] | None = None
+
     #: Whether the blocks were made for the schedule, and not converted: nothing to restore then.
     built = False
 
@@ -129,6 +133,7 @@ class Stack(nn.Module):
             merge=self.merge[:count],
         )
         stack.training = self.training
+        stack.recorder, stack.merge_recorder = self.recorder, self.merge_recorder
         return stack
 
     def pool(self, index: int) -> GridPool:
@@ -201,6 +206,8 @@ class Flow:
         out = stack.block(index)(x, slot=slot, bias=bias, merge=merge)
         if index in self.merged:
             self.merged.setdefault(index + 1, self.merged[index])
+        if stack.merge_recorder is not None:
+            stack.merge_recorder(self.merged.get(index + 1) or Merged.of(out))
         last = index + 1 == len(stack) or stack.donors[index + 1] != donor
         if last and slot is not None and not torch.is_grad_enabled():
             # With gradients on, a checkpoint may run the sharing layers again.
@@ -223,8 +230,7 @@ class Flow:
         if sizes is None:
             return None
         each = torch.tensor(sizes, dtype=torch.float32, device=x.device)
-        itself = torch.arange(len(sizes), device=x.device)
-        return Merged(each.repeat(len(x), 1), itself.repeat(len(x), 1))
+        return Merged.of(x)._replace(sizes=each.repeat(len(x), 1))
 
     def _bias(self, index: int, x: Tensor, mask: Tensor | None) -> Tensor | None:
         stage = self.stack.stages[index]
@@ -286,6 +292,33 @@ def find_stack(model: nn.Module) -> Stack:
     raise ValueError(
         f"model: got {type(model).__name__} that isn't converted; call psvit.accelerate on it"
     )
+
+
+@contextmanager
+def record_merges(model: nn.Module) -> Iterator[list[Merged]]:
+    """What the tokens of a converted model are after each layer, during the ``with`` block.
+
+    Gives a list that each forward pass extends by one ``psvit.merging.Merged`` a layer, in order:
+    the sizes of the tokens, and for each token that entered the first layer (or the first after
+    the last pool) the one that it is a part of. Outside of the block nothing is recorded.
+
+    Raises:
+        ValueError: the model isn't converted.
+    """
+    stack = find_stack(model)
+    found: list[Merged] = []
+    before = stack.merge_recorder
+
+    def record(merged: Merged) -> None:
+        found.append(merged)
+        if before is not None:
+            before(merged)
+
+    stack.merge_recorder = record
+    try:
+        yield found
+    finally:
+        stack.merge_recorder = before
 
 
 @contextmanager

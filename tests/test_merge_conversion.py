@@ -178,6 +178,24 @@ def test_maps_that_are_recorded_are_of_the_tokens_left():
         torch.testing.assert_close(one.sum(-1), torch.ones(one.shape[:-1]))
 
 
+def test_features_return_to_the_grid_of_the_patches():
+    fast, x = psvit.accelerate(hosts.timm_vit(), "AAAA", merge=(9, 0, 9, 9)), hosts.images()
+    with psvit.record_merges(fast) as merges:
+        tokens = fast.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+    _, features = fast.forward_intermediates(x)
+    last = fast.forward_intermediates(x, indices=[1], intermediates_only=True, stop_early=True)
+    torch.testing.assert_close(last[0], features[1])
+    assert [m.sizes.shape[1] for m in merges] == [56, 56, 47, 38]
+    for merged, feature, image in zip(merges, tokens, features, strict=True):
+        assert image.shape == (2, 24, 8, 8)
+        torch.testing.assert_close(merged.sizes.sum(1), torch.full((2,), 65.0))
+        for b, patch in ((0, 5), (1, 63)):
+            at = merged.into[b, 1 + patch] - 1  # without the class token
+            assert torch.equal(image[b, :, patch // 8, patch % 8], feature[b, at])
+            members = (merged.into[b] == at + 1).sum()
+            assert members == merged.sizes[b, at + 1]
+
+
 def test_half_of_the_tokens_go_at_most():
     assert tokens_left(17, 1, (100, 100, 2, 0)) == [9, 5, 3, 3]
     message = (

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..attention import Attention, split_heads
 from ..block import BlockNames
-from ..stack import Stack
+from ..merging import Merged
+from ..stack import Stack, record_merges
 from . import Encoder, check_attributes, check_children, check_class, check_hooks
 
 NAMES = BlockNames(
@@ -103,11 +104,12 @@ def _rows(parameter: Tensor, first: int) -> nn.Parameter:
 
 
 class Intermediates:
-    """Stands on a model with pools for its ``forward_intermediates``, which it calls.
+    """Stands on a model with fewer tokens than patches for its ``forward_intermediates``, which it
+    calls.
 
     The host reshapes every feature to the grid of its patch embedding. After a pool that grid is
     wrong, and where the numbers happen to divide, nothing fails: so features are taken as tokens
-    here, and each is given the grid that it has.
+    here, and each is given the grid that it has; merged ones are put where they came from.
     """
 
     def __init__(self, model: VisionTransformer) -> None:
@@ -124,27 +126,31 @@ class Intermediates:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Arguments and result are the host's; features after a pool have its smaller grid."""
+        """Arguments and result are the host's; features after a pool have its smaller grid. In
+        the format "NLC" merged tokens stay merged."""
         flags = (indices, return_prefix_tokens, norm, stop_early)
         run = type(self.model).forward_intermediates
-        found: Any = run(self.model, x, *flags, "NLC", *args, **kwargs)
+        with record_merges(self.model) as merges:
+            found: Any = run(self.model, x, *flags, "NLC", *args, **kwargs)
         if output_fmt == "NLC":
             return found
         if output_fmt != "NCHW":
             raise ValueError(f'output_fmt: got "{output_fmt}", expected "NCHW" or "NLC"')
+        by_tokens = {merged.sizes.shape[1]: merged for merged in merges}
         if isinstance(found, dict):
-            features = [self._image(y) for y in found["image_intermediates"]]
+            features = [self._image(y, by_tokens) for y in found["image_intermediates"]]
             return {**found, "image_intermediates": features}
         if isinstance(found, list):
-            return [self._image(y) for y in found]
+            return [self._image(y, by_tokens) for y in found]
         final, features = found
-        return final, [self._image(y) for y in features]
+        return final, [self._image(y, by_tokens) for y in features]
 
-    def _image(self, feature: Any) -> Any:
+    def _image(self, feature: Any, merges: dict[int, Merged]) -> Any:
         if isinstance(feature, tuple):  # with its prefix tokens
-            return self._image(feature[0]), *feature[1:]
+            return self._image(feature[0], merges), *feature[1:]
         stack = self.model.blocks
         assert isinstance(stack, Stack) and stack.grid.now is not None
+        feature = merges[stack.prefix + feature.shape[1]].upsample(feature, stack.prefix)
         h, w = stack.grid.now
         for layout in stack.layouts(stack.prefix + h * w):
             if layout.cells == feature.shape[1]:
@@ -182,7 +188,7 @@ def encoder(module: nn.Module, model: nn.Module) -> Encoder | None:
 
 
 def after_conversion(model: nn.Module, stack: Stack) -> None:
-    if stack.schedule.pools:
+    if stack.schedule.pools or any(stack.merge):
         model.forward_intermediates = Intermediates(model)  # type: ignore[assignment,arg-type]
 
 
