@@ -313,3 +313,50 @@ def draw_plan(found: Mapping[str, Any], path: str | PathLike[str], *, title: str
     axes.legend(fontsize=8, frameon=False)
     _plain(axes)
     figure.savefig(path)
+
+
+# --- merged tokens --------------------------------------------------------------------------
+
+
+def draw_merges(
+    image: Tensor, layers: Sequence[Tensor], path: str | PathLike[str], *, title: str
+) -> None:
+    """Which patches have become one token, layer by layer.
+
+    Args:
+        image: `(3, H, W)` or `(1, H, W)`, 0 to 1.
+        layers: for each layer the token that every patch is a part of, `(h, w)`.
+        path: the picture's file.
+        title: put above the picture.
+    """
+    columns = min(len(layers) + 1, 5)
+    rows = -(-(len(layers) + 1) // columns)
+    figure = _figure(2.2 * columns, 2.4 * rows)
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels:
+        axes.axis("off")
+    panels[0].imshow(_pixels(image))
+    panels[0].set_title("image", fontsize=8)
+    for number, (axes, into) in enumerate(zip(panels[1:], layers, strict=False), 1):
+        axes.imshow(_pixels(_joined(image, into)))
+        axes.set_title(f"layer {number}: {len(into.unique())} tokens", fontsize=8)
+    figure.savefig(path)
+
+
+def _pixels(image: Tensor) -> Any:
+    return image.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy()
+
+
+def _joined(image: Tensor, into: Tensor) -> Tensor:
+    """Each token's patches in their mean colour, white lines between tokens."""
+    scale = [size // count for size, count in zip(image.shape[1:], into.shape, strict=True)]
+    token = into.repeat_interleave(scale[0], 0).repeat_interleave(scale[1], 1)
+    image = image[:, : token.shape[0], : token.shape[1]].clone()
+    count = int(into.max()) + 1
+    sums = image.new_zeros(len(image), count).index_add_(1, token.flatten(), image.flatten(1))
+    means = sums / token.flatten().bincount(minlength=count).clamp(min=1)
+    image = means[:, token.flatten()].view_as(image)
+    image[:, 1:][:, token[1:] != token[:-1]] = 1
+    image[:, :, 1:][:, token[:, 1:] != token[:, :-1]] = 1
+    return image

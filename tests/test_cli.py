@@ -228,6 +228,21 @@ def test_accelerate_merges(merge: str, capsys: pytest.CaptureFixture[str]) -> No
     assert found["flops"]["ratio"] > 1
 
 
+def test_accelerate_draws_what_was_merged(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = next((place / "photos").iterdir())
+    monkeypatch.chdir(tmp_path)
+    for more in ((), ("--schedule", "AAA|AAA", "--pool", "avg")):
+        code, out, _ = run(capsys, *ACCELERATE, "--merge", 2, "--show", image, *more)
+        assert code == 0 and f"Drawn: {image.stem}-merged.png" in " ".join(out.split())
+        picture = tmp_path / f"{image.stem}-merged.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        picture.unlink()
+    code, _, err = run(capsys, *PLAIN, "--show", image)
+    assert code == 2 and "--show: expected --merge too" in err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("weights", ["model.safetensors", "model.pt"])
 def test_a_schedule_of_a_changes_nothing(
     weights: str, place: Path, capsys: pytest.CaptureFixture[str]

@@ -89,6 +89,8 @@ def select(pattern: str | None, cases: Sequence[Case] | None = None) -> list[Cas
 def all_cases() -> list[Case]:
     """Every case, in the order of the table: float32 with its bars, then what has none."""
     from .cores import core_cases
+    from .merging import merge_case
     from .model import model_cases
 
-    return [*core_cases(torch.float32), *model_cases(), *core_cases(torch.bfloat16)]
+    first, last = ([*core_cases(t), merge_case(t)] for t in (torch.float32, torch.bfloat16))
+    return [*first, *model_cases(), *last]

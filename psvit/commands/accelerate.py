@@ -77,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "leave a part of the FLOPs, such as 0.57",
     )
     parser.add_argument(
+        "--show",
+        type=Path,
+        metavar="IMAGE",
+        help="draw which patches of it were merged, as IMAGE-merged.png in the current folder",
+    )
+    parser.add_argument(
         "--strip", action="store_true", help="drop the Q and K parameters of sharing layers"
     )
     parser.add_argument(
@@ -118,7 +124,11 @@ def run(args: argparse.Namespace) -> int:
         if args.output is not None:
             need("demo", "safetensors")
             work = open_result(stack, whole_file(args.output), "--output")
-        result = _converted(args, work)
+        picture = None
+        if args.show is not None:
+            need("demo", "PIL", "matplotlib")
+            picture = open_result(stack, whole_file(_picture(args.show)), "--show")
+        result = _converted(args, work, picture)
     if args.json:
         print_json(result)
     else:
@@ -126,8 +136,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _converted(args: argparse.Namespace, work: Path | None) -> dict[str, Any]:
-    """Everything the command finds out; saves the state dict at ``work`` if there is one."""
+def _picture(image: Path) -> Path:
+    return Path(f"{image.stem}-merged.png")
+
+
+def _converted(args: argparse.Namespace, work: Path | None, picture: Path | None) -> dict[str, Any]:
+    """Everything the command finds out; saves the state dict at ``work``, and draws what was merged
+    at ``picture``, if there are such."""
     if args.schedule is None and args.plan is None and args.merge is None:
         raise BadInputError("expected one of --schedule, --plan and --merge")
     files = models.select_images(args) if args.images else []
@@ -138,6 +153,8 @@ def _converted(args: argparse.Namespace, work: Path | None) -> dict[str, Any]:
     with bad_input(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # NOT_TUNED says the same
         fast, schedule = convert(loaded.model, args)
+    if picture is not None:
+        _draw_merges(fast, args.show, loaded.preprocess, picture)
     result = {
         "model": loaded.name,
         "weights": loaded.weights,
@@ -160,6 +177,8 @@ def _converted(args: argparse.Namespace, work: Path | None) -> dict[str, Any]:
 
         save_model(fast, str(work))
         result["output"] = str(args.output)
+    if picture is not None:
+        result["picture"] = str(_picture(args.show))
     return result
 
 
@@ -193,6 +212,28 @@ def convert(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Sche
     options = {"pool": args.pool, "dims": args.dims, "size_bias": args.size_bias}
     fast = accelerate(model, text, strip=args.strip, merge=args.merge or 0, **options)
     return fast.eval(), Schedule.parse(text)
+
+
+def _draw_merges(fast: nn.Module, image: Path, preprocess: Preprocess, picture: Path) -> None:
+    """Which patches of an image file are one token after each layer since the last pool."""
+    import torch
+
+    from ..plots import draw_merges
+    from ..stack import record_merges
+
+    stack = find_stack(fast)
+    if not any(stack.merge):
+        raise BadInputError("--show: expected --merge too: nothing is merged")
+    x = next(models.read_batches([image], preprocess, 1))
+    with torch.inference_mode(), record_merges(fast) as merges:
+        fast(x)
+    first = len(merges) - len(stack.schedule.stages[-1])
+    grid = stack.layouts(merges[0].into.shape[1])[-1].grid
+    if len(grid) != 2:
+        raise BadInputError("--show: expected --dims 2: tokens pooled as a sequence have no grid")
+    layers = [merged.into[0, stack.prefix :].view(grid) for merged in merges[first:]]
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
+    draw_merges(x[0] * std + mean, layers, picture, title=f"{image.name}: merged patches")
 
 
 # --- cost -----------------------------------------------------------------------------------
@@ -420,4 +461,6 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         remarks.append(NOT_TUNED)
     if "output" in result:
         remarks.append(f"Saved: {result['output']}")
+    if "picture" in result:
+        remarks.append(f"Drawn: {result['picture']}")
     return remarks

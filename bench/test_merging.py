@@ -1,0 +1,7 @@
+"""Matching and merging tokens, against plain PyTorch."""
+
+CASES = "merge/*"
+
+
+def test_merging(benchmark, call):
+    benchmark(call)
