@@ -1,4 +1,4 @@
-"""``psvit experiment convert`` in miniature: another model, few images."""
+"""``psvit experiment convert`` and ``merge`` in miniature: another model, few images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import csv
 import json
 from pathlib import Path
 
+import hosts
 import pytest
+import torch
 from image_sources import write_images
 from surroundings import threads
 
@@ -18,8 +20,9 @@ pytest.importorskip("PIL")
 import timm
 from safetensors.torch import save_file
 
+import psvit
 from psvit import cli
-from psvit.experiments import convert
+from psvit.experiments import convert, merge
 
 
 @pytest.fixture
@@ -91,3 +94,29 @@ def test_bad_input_is_one_line(data, tmp_path, capsys, arguments, message):
     assert run(data, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# --- merge ----------------------------------------------------------------------------------
+
+
+def test_merging_has_the_classes_of_plain_pytorch(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(merge, "COUNTS", (2, 5))
+    arguments = ["--data", str(data), "--output", str(tmp_path / "out"), "--json"]
+    with threads(1):
+        assert cli.main(["experiment", "merge", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["merge"] for row in found["rows"]] == [2, 5]
+    for row in found["rows"]:
+        assert row["same"] == 1 and row["accuracy"] == row["plain_accuracy"]
+        assert set(row["latency"]["8"]) == {"psvit", "plain"}
+    flops = [row["flops"] for row in found["rows"]]
+    assert 1 > flops[0] > flops[1] > 0
+
+
+def test_merging_in_plain_pytorch_is_what_psvit_computes():
+    model = hosts.timm_vit().double()
+    x = hosts.images().double()
+    with torch.no_grad():
+        fast = psvit.accelerate(model, "AAAA", merge=9)
+        torch.testing.assert_close(merge.Plain(model, 9)(x), fast(x), rtol=1e-9, atol=1e-9)

@@ -19,13 +19,15 @@ examples:
   psvit experiment shapes --json > shapes.json
   psvit experiment search
   psvit experiment convert --data data/ --seeds 1 --steps 0
+  psvit experiment merge --data data/
 
 init: what structured initialisation gains on few handwritten digits, and how much of it scaling
 the position embedding gains alone. shapes: DeiT's shape, PSViT-1D and PSViT-2D at equal FLOPs, on
 all handwritten digits or on images of 32 x 32. search: what evolution finds, beside as many random
 candidates and a schedule written by hand, on digits. convert: what a trained ViT-Tiny keeps when
 layers share maps, in closed form and distilled; it needs weights and images in --data, and takes
-longest. The others take some minutes on two cores (with digits); nothing is downloaded. The folder
+longest. merge: what it keeps when tokens are merged, beside plain PyTorch; on the same data. The
+others take some minutes on two cores (with digits); nothing is downloaded. The folder
 keeps each run as soon as it is finished: the same command goes on where it was stopped.
 """
 
@@ -59,19 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--images", type=positive, metavar="N", help="of training (default: all)")
     search = names.add_parser("search", help="what evolution gains over random candidates")
     convert = names.add_parser("convert", help="what a trained ViT-Tiny keeps")
-    convert.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder with vit_tiny_patch16_224/model.safetensors and imagenet_val/",
-    )
+    merge = names.add_parser("merge", help="what it keeps when tokens are merged")
+    for one in (convert, merge):
+        one.add_argument(
+            "--data",
+            required=True,
+            metavar="DIR",
+            help="folder with vit_tiny_patch16_224/model.safetensors and imagenet_val/",
+        )
     convert.add_argument(
         "--images", type=positive, default=360, metavar="N", help="to fit to (default: 360)"
     )
     convert.add_argument(
         "--steps", type=int, default=60, metavar="N", help="of a distillation (default: 60)"
     )
-    for one in (shapes, convert):
+    for one in (shapes, convert, merge):
         one.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     for one in (init, shapes, search):
         one.add_argument(
@@ -79,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     for one in (init, shapes, search, convert):
         one.add_argument("--seeds", type=positive, default=3, metavar="N", help="(default: 3)")
+    for one in (init, shapes, search, convert, merge):
         folder = Path(f"psvit-{one.prog.split()[-1]}")
         one.add_argument(
             "--output",
@@ -342,4 +347,47 @@ def _convert_cells(row: dict[str, Any], batches: Iterable[str]) -> tuple[str, ..
     )
 
 
-EXPERIMENTS = {"init": _init, "shapes": _shapes, "search": _search, "convert": _convert}
+# --- merge ----------------------------------------------------------------------------------
+
+
+def _merge(args: argparse.Namespace) -> tuple[Results, Show]:
+    from ..experiments.merge import Settings, check
+    from ..experiments.merge import run as run_experiment
+
+    settings = Settings(args.data, device=args.device)
+    with bad_input():
+        check(settings, args.output)
+    with writing("--output"):
+        return run_experiment(settings, args.output), _merge_tables
+
+
+def _merge_tables(results: Results) -> list[Any]:
+    batches = list(results["rows"][0]["latency"])
+    rows = [
+        (
+            str(row["merge"]),
+            *(f"{row[key]:.1%}" for key in ("accuracy", "plain_accuracy", "same")),
+            f"{row['flops']:.3f}",
+            *(f"{row['latency'][b][name]:.3f}" for b in batches for name in ("psvit", "plain")),
+        )
+        for row in results["rows"]
+    ]
+    speeds = [f"latency,\nbatch {b}" if i == 0 else "in plain" for b in batches for i in (0, 1)]
+    return [
+        table(
+            f"ViT-Tiny, tokens merged, {results['report_images']} images",
+            ("r", "accuracy", "in plain", "same class", "FLOPs", *speeds),
+            rows,
+        ),
+        f"r: pairs that every layer merges; in plain: the algorithm in plain PyTorch; FLOPs, "
+        f"latency: parts of the original's, whose accuracy is {results['original']:.1%}",
+    ]
+
+
+EXPERIMENTS = {
+    "init": _init,
+    "shapes": _shapes,
+    "search": _search,
+    "convert": _convert,
+    "merge": _merge,
+}

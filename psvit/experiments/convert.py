@@ -110,16 +110,21 @@ def run(settings: Settings, output: Path, progress: Progress = console_progress)
 def check(settings: Settings, output: Path) -> None:
     """Raises ValueError for data that aren't there, settings that can't be, or a folder with runs
     that were made otherwise."""
-    for file in (f"{NAME}/model.safetensors", "imagenet_val/labels.csv"):
-        if not (Path(settings.data) / file).is_file():
-            raise ValueError(f"data: {settings.data} has no {file}")
+    check_data(settings.data, settings.device)
     if not 64 <= settings.images <= FIT.stop:
         raise ValueError(f"images: got {settings.images}, expected 64 to {FIT.stop}")
     if settings.steps < 0:
         raise ValueError(f"steps: got {settings.steps}, expected 0 or more")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: got cuda, but PyTorch finds no GPU here")
     check_folder(output, settings.common())
+
+
+def check_data(data: str, device: str) -> None:
+    """Raises ValueError for data that aren't there, or a GPU that isn't."""
+    for file in (f"{NAME}/model.safetensors", "imagenet_val/labels.csv"):
+        if not (Path(data) / file).is_file():
+            raise ValueError(f"data: {data} has no {file}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, but PyTorch finds no GPU here")
 
 
 def _rows(found: Mapping[str, list[Found]]) -> list[dict[str, Any]]:
@@ -227,11 +232,11 @@ class Report:
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         self.model, self.images, self.labels = model, images, labels
         self.device = next(model.parameters()).device
-        self.reference = self._classes(model)
+        self.reference = self.classes(model)
 
     def row(self, schedule: Schedule, converted: nn.Module) -> dict[str, Any]:
         """Accuracy and agreement from 0 to 1; FLOPs as a part of the original's."""
-        found = self._classes(converted)
+        found = self.classes(converted)
         plain = Schedule(ATTEND * DEPTH).flops(self.model)
         return {
             "schedule": schedule.text,
@@ -261,7 +266,8 @@ class Report:
         return found
 
     @torch.inference_mode()
-    def _classes(self, model: nn.Module) -> Tensor:
+    def classes(self, model: nn.Module) -> Tensor:
+        """Of each image the class with the highest score."""
         batches = (some.to(self.device) for some in self.images.split(50))
         return torch.cat([logits_of(model(some)).argmax(1).cpu() for some in batches])
 
