@@ -16,7 +16,7 @@ from .layout import GridSource, RecordGrid
 from .merging import merge_counts
 from .pooling import GridPool, Kind
 from .schedule import ATTEND, Schedule
-from .stack import Stack
+from .stack import Stack, find_stack
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -74,6 +74,41 @@ def accelerate(
 
     Source: PSViT, arXiv 2108.03428; Token Merging, arXiv 2210.09461.
     """
+    fast = convert_quietly(
+        model,
+        schedule,
+        pool=pool,
+        dims=dims,
+        size_bias=size_bias,
+        merge=merge,
+        strip=strip,
+        inplace=inplace,
+    )
+    stack = find_stack(fast)
+    if any(stack.merge):
+        _warn_of_halves(fast, stack, pool, dims)
+    if not stack.schedule.is_plain:
+        warnings.warn(
+            f'schedule "{stack.schedule}" changes what the model computes: on pretrained weights '
+            f"expect other outputs until you fine-tune (choose layers to share with "
+            f"psvit.analyze)",
+            stacklevel=2,
+        )
+    return fast
+
+
+def convert_quietly(
+    model: Model,
+    schedule: str | Schedule,
+    *,
+    pool: Kind = "max",
+    dims: Literal[1, 2] = 2,
+    size_bias: bool = False,
+    merge: int | Sequence[int] | str = 0,
+    strip: bool = False,
+    inplace: bool = False,
+) -> Model:
+    """As ``accelerate``, without its warnings: for those who see to what they warn of."""
     encoder = adapters.find(model)
     if isinstance(encoder.container, Stack):
         _check_converted(model, encoder.container)
@@ -94,14 +129,6 @@ def accelerate(
         model = copy.deepcopy(model)
         encoder = adapters.find(model)
     _convert(encoder, schedule, _pools(encoder, schedule, pool, dims), size_bias, counts, strip)
-    if max(counts) > 0:
-        _warn_of_halves(model, schedule, pool, dims, counts)
-    if not schedule.is_plain:
-        warnings.warn(
-            f'schedule "{schedule}" changes what the model computes: on pretrained weights expect '
-            f"other outputs until you fine-tune (choose layers to share with psvit.analyze)",
-            stacklevel=2,
-        )
     return model
 
 
@@ -155,22 +182,15 @@ def _merge_for(
     raise ValueError(f'merge: got "{text}", but merging all that can be leaves {part:.3f}')
 
 
-def _warn_of_halves(
-    model: nn.Module,
-    schedule: Schedule,
-    pool: Kind,
-    dims: Literal[1, 2],
-    counts: tuple[int, ...],
-) -> None:
+def _warn_of_halves(fast: nn.Module, stack: Stack, pool: Kind, dims: Literal[1, 2]) -> None:
     """Says once that in some layers fewer tokens are merged than was asked for."""
-    prefix = adapters.find(model).prefix
-    rows = schedule.rows(model, pool=pool, dims=dims, merge=counts)[1:-1]
-    for i, (row, r) in enumerate(zip(rows, counts, strict=True)):
-        most = (row.tokens - prefix) // 2
-        if r > most:
+    rows = stack.schedule.rows(fast, pool=pool, dims=dims, merge=stack.merge)[1:-1]
+    for i, (row, r) in enumerate(zip(rows, stack.merge, strict=True)):
+        patches = row.tokens - stack.prefix
+        if r > patches // 2:
             warnings.warn(
-                f"merge: {r} in layer {i + 1} is more than half of the {row.tokens - prefix} "
-                f"patches left there; {most} are merged",
+                f"merge: {r} in layer {i + 1} is more than half of the {patches} patches left "
+                f"there; {patches // 2} are merged",
                 stacklevel=3,
             )
             return

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 import psvit_kernels
 from psvit_kernels.registry import PREFERENCE
 
-from .accelerate import accelerate
+from .accelerate import accelerate, convert_quietly
 from .analyze import Analysis, analyze
 from .console import progress as console_progress
 from .digits import Digits, Training, accuracy, small_vit
@@ -147,9 +146,7 @@ def make_models(settings: Settings, digits: Digits, progress: Progress) -> Model
 
 
 def _convert(model: nn.Module, schedule: str | Schedule, settings: Settings) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it needs fine-tuning: it gets some
-        return accelerate(model, schedule, pool=settings.pool, size_bias=True).eval()
+    return convert_quietly(model, schedule, pool=settings.pool, size_bias=True).eval()
 
 
 # --- measurement ----------------------------------------------------------------------------

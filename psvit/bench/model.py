@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import torch
 
-from psvit import Schedule, accelerate
+from psvit import Schedule
+from psvit.accelerate import convert_quietly
 from psvit_kernels import use
 
 from .cases import Bar, Case, UnavailableError, Work
@@ -75,6 +75,4 @@ def _images(batch: int, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _converted(host: Any, schedule: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # random weights need no fine-tuning
-        return accelerate(host, schedule)
+    return convert_quietly(host, schedule)

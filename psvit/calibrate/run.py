@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..accelerate import accelerate
+from ..accelerate import convert_quietly
 from ..console import progress as console_progress
 from ..numbers import check_number
 from ..pooling import Kind
@@ -105,7 +105,7 @@ def calibrate(
     fast, original = _both(model, schedule, pool, dims, size_bias)
     lockstep = Lockstep(original, fast)
     source = Images(images, batch)
-    convert = partial(_converted, model, pool=pool, dims=dims, size_bias=size_bias)
+    convert = partial(convert_quietly, model, pool=pool, dims=dims, size_bias=size_bias)
     with _in_eval_mode(fast):
         stack = lockstep.converted
         corrections, left_alone = _corrections(stack)
@@ -134,14 +134,8 @@ def _both(
     model: Model, schedule: str | Schedule, pool: Kind, dims: Literal[1, 2], size_bias: bool
 ) -> tuple[Model, Model]:
     """A converted copy of a model, and one as it is, in eval mode, of the same kind of blocks."""
-    fast = _converted(model, schedule, pool=pool, dims=dims, size_bias=size_bias)
-    return fast, accelerate(model, ATTEND * len(find_stack(fast))).eval()
-
-
-def _converted(model: Model, schedule: str | Schedule, **how: Any) -> Model:
-    with warnings.catch_warnings():  # that outputs change: what is done here is the remedy
-        warnings.filterwarnings("ignore", message='schedule "', category=UserWarning)
-        return accelerate(model, schedule, **how)
+    fast = convert_quietly(model, schedule, pool=pool, dims=dims, size_bias=size_bias)
+    return fast, convert_quietly(model, ATTEND * len(find_stack(fast))).eval()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -150,9 +149,8 @@ def _converted(args: argparse.Namespace, work: Path | None, picture: Path | None
     loaded = models.load(args)
     if loaded.weights is None:
         say("no --weights: they are random, so only cost and latency mean something")
-    with bad_input(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # NOT_TUNED says the same
-        fast, schedule = convert(loaded.model, args)
+    with bad_input():
+        fast, schedule = converted(loaded.model, args)
     if picture is not None:
         _draw_merges(fast, args.show, loaded.preprocess, picture)
     result = {
@@ -193,10 +191,10 @@ def _labels(args: argparse.Namespace, files: Sequence[Path]) -> list[int] | None
         return read_labels(args.labels, files)
 
 
-def convert(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Schedule]:
+def converted(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Schedule]:
     """The converted copy and its schedule."""
     from .. import adapters
-    from ..accelerate import accelerate
+    from ..accelerate import convert_quietly
     from ..planning.plan import Plan
     from ..schedule import ATTEND, Schedule
 
@@ -210,7 +208,7 @@ def convert(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Sche
         return plan.apply(model).eval(), plan.schedule
     text = args.schedule or ATTEND * len(adapters.find(model).layers)
     options = {"pool": args.pool, "dims": args.dims, "size_bias": args.size_bias}
-    fast = accelerate(model, text, strip=args.strip, merge=args.merge or 0, **options)
+    fast = convert_quietly(model, text, strip=args.strip, merge=args.merge or 0, **options)
     return fast.eval(), Schedule.parse(text)
 
 

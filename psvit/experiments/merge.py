@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..accelerate import accelerate
+from ..accelerate import convert_quietly
 from ..bench.merging import plain_merge
 from ..console import progress as console_progress
 from ..schedule import ATTEND, Schedule
@@ -82,10 +81,7 @@ def check(settings: Settings, output: Path) -> None:
 
 def _row(model: nn.Module, report: convert.Report, r: int) -> dict[str, Any]:
     schedule = Schedule(ATTEND * convert.DEPTH)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the paper takes fewer at the end too
-        fast = accelerate(model, schedule, merge=r).eval()
-    plain = Plain(model, r).eval()
+    fast, plain = convert_quietly(model, schedule, merge=r).eval(), Plain(model, r).eval()
     found, same = report.classes(fast), report.classes(plain)
     return {
         "merge": r,

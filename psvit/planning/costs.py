@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
 
-from ..accelerate import accelerate
+from ..accelerate import convert_quietly
 from ..cost import layer_costs
 from ..latency_cache import medians
 from ..pooling import Kind
@@ -30,12 +29,7 @@ class Conversion:
 
     def apply(self, model: nn.Module, schedule: Schedule) -> nn.Module:
         """A converted copy, in eval mode."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # who asks knows that outputs change
-            converted = accelerate(
-                model, schedule, pool=self.pool, dims=self.dims, size_bias=self.size_bias
-            )
-        return converted.eval()
+        return convert_quietly(model, schedule, **asdict(self)).eval()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..accelerate import accelerate
+from ..accelerate import convert_quietly
 from ..console import table, text_of
 from ..files import whole_folder
 from ..pooling import Kind
@@ -90,11 +89,8 @@ class Plan:
             ValueError: a model with other parameters; the message names what differs.
         """
         self._check(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # its outputs were looked at already
-            converted = accelerate(
-                model, self.schedule, pool=self.pool, dims=self.dims, size_bias=self.size_bias
-            )
+        how: Any = {"pool": self.pool, "dims": self.dims, "size_bias": self.size_bias}
+        converted = convert_quietly(model, self.schedule, **how)
         state = converted.state_dict()
         converted.load_state_dict({**state, **self.corrections})
         return converted
