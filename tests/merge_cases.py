@@ -73,7 +73,9 @@ def eager_merge(x, match, weights=None, *, residual=None, norm_weight=None, norm
     if residual is not None:
         x = x + residual
     w = x.new_ones(x.shape[:2]) if weights is None else weights
-    mine = match.into.unsqueeze(1) == torch.arange(match.tokens).unsqueeze(1)  # (B, M, N)
+    mine = match.into.unsqueeze(1) == torch.arange(match.tokens, device=x.device).unsqueeze(
+        1
+    )  # (B, M, N)
     parts = mine * w.unsqueeze(1)
     sizes = parts.sum(2)
     tokens = (parts / sizes.unsqueeze(2)).to(x.dtype) @ x

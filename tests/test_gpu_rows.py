@@ -45,6 +45,7 @@ def test_every_row_of_triton_is_there():
             assert bars[f"pool-{kind}/256x14x768 fused {provider}"] == [
                 "85 % of copy", "1.5x eager", "1x compile"
             ]  # fmt: skip
+    assert bars["merge/256x6x197 fused triton"] == ["4.86x eager", "moonshot: 8.5x eager"]
     for kind in ("apply", "attention"):
         assert bars[f"{kind}/1x12x197 dense triton"] == ["launches of sdpa"]
     names = [case.name for case in rows.CASES]
@@ -88,6 +89,9 @@ def test_bytes_and_flops_are_the_fewest_that_will_do():
     pool = Case("pool-max", (256, 14, 768), {"fused triton": ()}, ())
     tokens = 256 * (1 + 14 * 14 + 1 + 7 * 7)
     assert rows.counts(pool, "fused triton") == (0, 2 * (tokens * 768 + 2 * 768))
+    merge = Case("merge", (256, 6, 197), {"fused triton": ()}, ())
+    moved = 256 * 384 * (2 * 197 + 197 - 13)
+    assert rows.counts(merge, "fused triton") == (256 * 2 * 98 * 98 * 64, 2 * moved)
 
 
 def test_select():

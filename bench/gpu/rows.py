@@ -57,11 +57,11 @@ class Case:
     """One set of inputs.
 
     Args:
-        kind: "apply", "attention", "group" and "sharing", shape (B, H, N); a kind of "pool-", shape
-            (B, side, C): a square grid and one prefix token; or a network of timm after "model-",
-            shape (B, side, side): images.
-        rows: bars by row: the form of the map ("fused" for pools, and for a sharing layer as one
-            kernel; for networks the schedule), a space, and the provider.
+        kind: "apply", "attention", "group", "sharing" and "merge", shape (B, H, N); a kind of
+            "pool-", shape (B, side, C): a square grid and one prefix token; or a network of timm
+            after "model-", shape (B, side, side): images.
+        rows: bars by row: the form of the map ("fused" for pools, for merging and for a sharing
+            layer as one kernel; for networks the schedule), a space, and the provider.
         baselines: names; a family and, after a "/", which of it.
         launches: whether to count what is launched on the device.
     """
@@ -145,6 +145,17 @@ def _pool(kind: str) -> Case:
     return Case(f"pool-{kind}", (256, 14, 768), rows, POOL)
 
 
+#: Pairs of tokens that an image merges.
+PAIRS = 13
+
+
+def _merge(heads: int) -> Case:
+    """Matching by keys and merging with sizes: 35 microseconds, and 20 as a moonshot, where plain
+    PyTorch takes some 170."""
+    bars = (Bar("speed-up", 170 / 35, "eager"), Bar("speed-up", 170 / 20, "eager", moonshot=True))
+    return Case("merge", (256, heads, 197), {f"fused {TRITON}": bars}, POOL)
+
+
 def _single(kind: str, baselines: tuple[str, ...]) -> Case:
     """Batch 1: what it takes to launch is what it takes."""
     bars = (Bar("launches", 1.0),)
@@ -172,6 +183,7 @@ OPERATIONS: tuple[Case, ...] = (
     _attention(197),
     _group(197),
     _pool("max"),
+    _merge(6),
     _apply(577, 1.4, 2.1),
     _apply(1025, 1.15, 1.7, factored=FACTORED),
     _group(577),
@@ -239,6 +251,9 @@ def counts(case: Case, row: str, itemsize: int = 2) -> tuple[float, float]:
         return 0.0, math.inf
     b, h, n = case.shape
     core, rows, full = b * h * n * HEAD_DIM, b * h * n, b * h * n * n
+    if case.kind == "merge":  # keys, tokens and what is left of them
+        merged = core // n * (n - PAIRS)
+        return 2.0 * b * (n // 2) ** 2 * HEAD_DIM, float(itemsize * (2 * core + merged))
     if case.kind == "group":
         # Q K^T, dQ and dK once; P V, P^T dO and dO V^T in each layer. Inputs: q, k and three v;
         # their gradients; outputs and the gradients of those.
