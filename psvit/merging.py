@@ -60,7 +60,7 @@ def add_and_merge(
 
     Args:
         x, branch: `(B, N, C)`.
-        norm: of the MLP; a LayerNorm is part of the same pass.
+        norm: of the MLP; a LayerNorm without hooks is part of the same pass.
         keys: of the attention, `(B, H, N, d)`: tokens whose keys are alike are merged.
         r: pairs.
         prefix: tokens that stay as they are.
@@ -71,7 +71,8 @@ def add_and_merge(
     match = match_tokens(keys, r, prefix=prefix)
     weights = None if before is None else before.sizes
     branch = branch.to(x.dtype)  # of another one under autocast
-    if isinstance(norm, nn.LayerNorm):
+    hooked = bool(norm._forward_hooks or norm._forward_pre_hooks)  # those are somebody's
+    if isinstance(norm, nn.LayerNorm) and not hooked:
         weight, bias, eps = norm.weight, norm.bias, norm.eps
         tokens, sizes, normed = merge_tokens(
             x, match, weights, residual=branch, norm_weight=weight, norm_bias=bias, norm_eps=eps

@@ -158,6 +158,14 @@ def test_a_sharing_layer_merges_by_the_keys_of_its_donor():
     assert [seen[i].shape[1] for i in range(4)] == [62, 62, 58, 53]
 
 
+def test_hooks_on_the_norm_after_merging_run():
+    fast, x = converted(), hosts.images()
+    want, seen = fast(x), []
+    fast.blocks.block(0).norm2.register_forward_hook(lambda m, a, out: seen.append(out.shape))
+    torch.testing.assert_close(fast(x), want, **EXACT)
+    assert seen == [(2, 62, 24)]
+
+
 def test_pooled_tokens_are_merged_with_the_sizes_they_have():
     model, x = hosts.timm_vit(), hosts.images()
     weighted, plain = (
