@@ -36,7 +36,7 @@ def test_a_sharing_layer_trains_its_donor_and_leaves_its_own_q_and_k_alone():
     assert not gradient[:48].any() and gradient[48:].any()
     block = model.blocks[0].attn
     x = torch.randn(1, 9, 24)
-    slot = psvit.attention.MapSlot()
+    slot = psvit.attention.MapSlot(reuses=1)
     block(x, slot=slot)
     model.blocks[1].attn(x, slot=slot).sum().backward()
     assert block.qkv.weight.grad[:48].any()
