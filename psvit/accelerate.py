@@ -52,7 +52,7 @@ def accelerate(
             attention and MLP; or a number for each layer; or a text as "0.57": the fewest in every
             layer that leave so much of the FLOPs that the model has without schedule. At most half
             of the patches left can be merged. One number for all leaves out layers before a pool,
-            which needs a grid, and those whose map a later one shares.
+            which needs a grid. A map that later layers share follows the tokens.
         strip: drop the Q and K parameters of sharing layers. Saves memory, for deployment: state
             dicts no longer fit the host, and ``restore`` can't bring them back.
         inplace: convert ``model`` itself instead of a copy.

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from psvit_kernels import AttentionMap, apply_attention, attention
 
 from .host import adopt, hand_back
+from .layout import Layout
+from .token_map import IndexMap
 
 
 class MapSlot:
@@ -22,7 +24,8 @@ class MapSlot:
     Args:
         record: called with each layer's `(B, H, N, N)` probabilities, if somebody wants them.
         reuses: how many layers apply the map after the one that computes it.
-        merges: whether the last of them merges tokens, by the keys of the first.
+        merges: whether tokens are merged by the keys of that layer.
+        followed: whether a map of merged tokens is made of it.
     """
 
     def __init__(
@@ -30,16 +33,27 @@ class MapSlot:
         record: Callable[[Tensor], object] | None = None,
         reuses: int = 0,
         merges: bool = False,
+        followed: bool = False,
     ) -> None:
         self.map: AttentionMap | None = None
         self.keys: Tensor | None = None
         self.reuses = reuses
         self.record = record
         self.merges = merges
+        self.followed = followed
 
     @property
     def wants_map(self) -> bool:
-        return self.reuses > 0 or self.record is not None
+        return self.reuses > 0 or self.followed or self.record is not None
+
+    def reduced(self, tokens: IndexMap, layout: Layout) -> MapSlot:
+        """For the layers that come after some tokens of the map were merged."""
+        assert self.map is not None and self.keys is not None
+        after = MapSlot(self.record, merges=self.merges)
+        after.map = self.map.reduce(tokens.groups())
+        keys = self.keys if self.keys.dim() == 3 else self.keys.mean(1)
+        after.keys, _ = tokens.reduce(keys, layout)
+        return after
 
 
 class Attention(nn.Module, ABC):

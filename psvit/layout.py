@@ -12,18 +12,22 @@ from torch import Tensor, nn
 
 
 class Layout(NamedTuple):
-    """What the N = prefix + cells tokens of a sequence are.
+    """What the tokens of a sequence are: those of a grid, or M that these became part of.
 
     Args:
         prefix: leading tokens that are no patches: class, distillation, registers.
         grid: (h, w), or (n,) once tokens were pooled as a sequence; row-major after the prefix.
-        sizes: for each of the N tokens the number of input tokens it stands for, or None where
-            nobody asked.
+        sizes: for each token the number of input tokens it stands for, or None where nobody
+            asked. The same for all images, or `(B, M)`,
+            float32 (float64 for float64).
+        into: for each of the N = prefix + cells tokens of the grid the one of M that it is a part
+            of, -1 if it was dropped; int64 `(B, N)`. None: M is N, and each is itself.
     """
 
     prefix: int
     grid: tuple[int, ...]
-    sizes: tuple[float, ...] | None = None
+    sizes: tuple[float, ...] | Tensor | None = None
+    into: Tensor | None = None
 
     @property
     def cells(self) -> int:
@@ -31,6 +35,9 @@ class Layout(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """M."""
+        if isinstance(self.sizes, Tensor):
+            return self.sizes.shape[1]
         return self.prefix + self.cells
 
     def with_sizes(self) -> Layout:
@@ -38,26 +45,62 @@ class Layout(NamedTuple):
         ones = (1.0,) * (self.prefix + math.prod(self.grid))
         return Layout(self.prefix, self.grid, ones)
 
+    def counted(self, x: Tensor) -> Tensor:
+        """The sizes for tokens `(B, M, C)` as a tensor, `(B, M)`; 1 where nobody asked."""
+        if isinstance(self.sizes, Tensor):
+            return self.sizes
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if self.sizes is None:
+            return torch.ones(x.shape[:2], dtype=dtype, device=x.device)
+        return torch.tensor(self.sizes, dtype=dtype, device=x.device).repeat(len(x), 1)
+
+    def merged(self, into: Tensor, sizes: Tensor) -> Layout:
+        """Once its M tokens became others.
+
+        Args:
+            into: for each of M tokens the one it becomes a part of, `(B, M)`.
+            sizes: of those.
+        """
+        if self.into is not None:
+            dropped = self.into < 0
+            into = into.gather(1, self.into.clamp(min=0)).masked_fill(dropped, -1)
+        return Layout(self.prefix, self.grid, sizes, into)
+
+    def on_grid(self, y: Tensor) -> Tensor:
+        """What belongs to patches that became part of others, at every cell of the grid.
+
+        `(B, M - prefix, C)` to `(B, cells, C)`: a copy for each cell, 0 for those dropped.
+        """
+        if self.into is None:
+            return y
+        into = self.into[:, self.prefix :, None] - self.prefix
+        cells = y.gather(1, into.clamp(min=0).expand(-1, -1, y.shape[2]))
+        return cells.masked_fill(into < 0, 0)
+
 
 _biases: dict[tuple, Tensor] = {}
 
 
 def size_bias(layout: Layout, like: Tensor) -> Tensor | None:
-    """The log of each token's size, `(N,)`, to add to the scores of its key; None if all are 1.
+    """The log of each token's size, to add to the scores of its key, so that it draws as much
+    attention as that many equal tokens would: `(N,)`, None if all are 1; or `(B, 1, 1, M)`.
 
-    With it a token that stands for s tokens draws as much attention as s equal tokens would.
-    Made once for each layout, dtype and device: no copy from host to device, no synchronisation.
+    What is the same for all images is made once for each layout, dtype and device: no copy from
+    host to device, no synchronisation.
 
     Source: Token Merging, arXiv 2210.09461, section 3 (proportional attention).
     """
-    if layout.sizes is None or all(size == 1.0 for size in layout.sizes):
+    sizes = layout.sizes
+    if isinstance(sizes, Tensor):
+        return sizes.log().to(like.dtype)[:, None, None, :]
+    if sizes is None or all(size == 1.0 for size in sizes):
         return None
     if torch.compiler.is_compiling():  # a constant of the graph, which must not leave it
-        return _log(layout.sizes, like)
-    key = (layout.sizes, like.dtype, like.device)
+        return _log(sizes, like)
+    key = (sizes, like.dtype, like.device)
     if key not in _biases:
         with torch.inference_mode(False):  # one made in inference mode would be no good elsewhere
-            _biases[key] = _log(layout.sizes, like)
+            _biases[key] = _log(sizes, like)
     return _biases[key]
 
 

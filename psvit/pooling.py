@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from psvit_kernels import token_pool
 
 from .layout import Layout
+from .token_map import TokenMap
 
 Kind = Literal["max", "avg", "stride", "conv"]
 KINDS = ("max", "avg", "stride", "conv")
 
 
-class GridPool(nn.Module):
+class GridPool(nn.Module, TokenMap):
     """Fewer tokens from a grid of them; prefix tokens pass beside it, so hosts find them in place.
 
     Args:
@@ -136,6 +137,8 @@ class GridPool(nn.Module):
         grid = self.grid(layout)
         reduced = tuple(self._side(n) for n in grid)
         sizes = layout.sizes
+        if layout.into is not None or isinstance(sizes, Tensor):
+            raise ValueError("layout: got merged tokens, expected tokens on a grid")
         if sizes is not None:
             spread: Callable[..., tuple[float, ...]] = _spread
             if torch.compiler.is_compiling():

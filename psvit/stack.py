@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psvit_kernels import match_tokens
+
 from .attention import MapSlot
 from .block import Block
 from .host import adopt
 from .layout import GridSource, Layout, size_bias
-from .merging import Merged, add_and_merge
 from .pooling import GridPool
 from .schedule import Schedule
+from .token_map import IndexMap
 
 
 class Stack(nn.Module):
@@ -50,7 +52,7 @@ class Stack(nn.Module):
 
     #: Called with what the tokens are after each layer, if somebody wants it: see
     #: ``record_merges``.
-    merge_recorder: Callable[[Merged], object] | None = None
+    merge_recorder: Callable[[Layout], object] | None = None
 
     #: Whether the blocks were made for the schedule, and not converted: nothing to restore then.
     built = False
@@ -174,20 +176,24 @@ class Flow:
         self.layouts: list[Layout] | None = None
         #: What the tokens are that enter a block, for those after the first that merges. By block,
         #: so that a checkpoint which runs one again finds what it found before.
-        self.merged: dict[int, Merged] = {}
+        self.merged: dict[int, Layout] = {}
         #: Outputs that a checkpointed group has made already, each with the input it belongs to.
         self.ready: list[tuple[Tensor, Tensor]] = []
         self.open(stack.recorder if record is None else record)
 
     def open(self, record: Callable[[Tensor], object] | None) -> None:
-        """A slot for each group whose map somebody else wants."""
-        groups = self.stack.groups
+        """A slot for each group whose map or keys somebody else wants."""
         merge = self.stack.merge
-        self.slots = {
-            group[0]: MapSlot(record, len(group) - 1, merge[group[-1]] > 0)
-            for group in groups
-            if len(group) > 1 or record is not None or merge[group[-1]]
-        }
+        #: By donor; and for layers after the first of a group that merges tokens, by layer.
+        self.slots: dict[int, MapSlot] = {}
+        self.followers: dict[int, MapSlot] = {}
+        for group in self.stack.groups:
+            merging = [layer for layer in group if merge[layer]]
+            last = merging[0] if merging else group[-1]
+            reuses = last - group[0]
+            if reuses or merging or record is not None:
+                followed = last < group[-1]
+                self.slots[group[0]] = MapSlot(record, reuses, bool(merging), followed)
 
     def run(self, index: int, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """One block, after the pool that stands before it, if one does."""
@@ -201,13 +207,13 @@ class Flow:
             assert self.layouts is not None
             x, _ = stack.pool(stage - 1).reduce(x, self.layouts[stage - 1])
         bias = self._bias(index, x, mask) if donor == index else None
-        slot = self.slots.get(donor)
+        slot = self.followers.get(index) or self.slots.get(donor)
         merge = partial(self._merge, index, slot) if stack.merge[index] else None
         out = stack.block(index)(x, slot=slot, bias=bias, merge=merge)
         if index in self.merged:
             self.merged.setdefault(index + 1, self.merged[index])
         if stack.merge_recorder is not None:
-            stack.merge_recorder(self.merged.get(index + 1) or Merged.of(out))
+            stack.merge_recorder(self.merged.get(index + 1) or self._each(index, out))
         last = index + 1 == len(stack) or stack.donors[index + 1] != donor
         if last and slot is not None and not torch.is_grad_enabled():
             # With gradients on, a checkpoint may run the sharing layers again.
@@ -217,27 +223,32 @@ class Flow:
     def _merge(
         self, index: int, slot: MapSlot | None, x: Tensor, branch: Tensor, norm: nn.Module
     ) -> tuple[Tensor, Tensor]:
+        """x + branch with pairs of tokens merged, and what the norm makes of it."""
         assert slot is not None and slot.keys is not None
-        before = self.merged.get(index) or self._unmerged(index, x)
-        r, prefix = self.stack.merge[index], self.stack.prefix
-        tokens, normed, merged = add_and_merge(x, branch, norm, slot.keys, r, prefix, before)
-        self.merged[index + 1] = merged
+        stack, before = self.stack, self.merged.get(index) or self._each(index, x)
+        match = match_tokens(slot.keys, stack.merge[index], prefix=stack.prefix)
+        assert isinstance(before.sizes, Tensor)
+        pairs = IndexMap(match, before.sizes)
+        tokens, normed, self.merged[index + 1] = pairs.add_and_reduce(x, branch, norm, before)
+        group = next(group for group in stack.groups if index in group)
+        if index < group[-1]:
+            after = slot.reduced(pairs, before)
+            self.followers |= {layer: after for layer in group if layer > index}
         return tokens, normed
 
-    def _unmerged(self, index: int, x: Tensor) -> Merged | None:
-        """Tokens that stand for several because they were pooled, where that counts."""
-        sizes = None if self.layouts is None else self.layouts[self.stack.stages[index]].sizes
-        if sizes is None:
-            return None
-        each = torch.tensor(sizes, dtype=torch.float32, device=x.device)
-        return Merged.of(x)._replace(sizes=each.repeat(len(x), 1))
+    def _each(self, index: int, x: Tensor) -> Layout:
+        """What the tokens of a layer are while none is merged."""
+        stack = self.stack
+        layout = Layout(stack.prefix, (x.shape[1] - stack.prefix,))
+        if self.layouts is not None:
+            layout = self.layouts[stack.stages[index]]
+        itself = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
+        return layout.merged(itself, layout.counted(x))
 
     def _bias(self, index: int, x: Tensor, mask: Tensor | None) -> Tensor | None:
         stage = self.stack.stages[index]
-        if index in self.merged:
-            sizes: Tensor | None = self.merged[index].bias(x)
-        else:
-            sizes = None if self.layouts is None else size_bias(self.layouts[stage], x)
+        layout = self.merged.get(index) or (self.layouts and self.layouts[stage])
+        sizes = size_bias(layout, x) if layout else None
         if mask is not None and any(self.stack.merge):
             raise ValueError(
                 "attn_mask: got a mask for a model that merges tokens, expected None; a mask "
@@ -295,21 +306,21 @@ def find_stack(model: nn.Module) -> Stack:
 
 
 @contextmanager
-def record_merges(model: nn.Module) -> Iterator[list[Merged]]:
+def record_merges(model: nn.Module) -> Iterator[list[Layout]]:
     """What the tokens of a converted model are after each layer, during the ``with`` block.
 
-    Gives a list that each forward pass extends by one ``psvit.merging.Merged`` a layer, in order:
-    the sizes of the tokens, and for each token that entered the first layer (or the first after
-    the last pool) the one that it is a part of. Outside of the block nothing is recorded.
+    Gives a list that each forward pass extends by one ``psvit.Layout`` a layer, in order, with
+    ``sizes`` and ``into`` as tensors: for each token that entered the first layer (or the first
+    after the last pool) the one that it is a part of. Outside of the block nothing is recorded.
 
     Raises:
         ValueError: the model isn't converted.
     """
     stack = find_stack(model)
-    found: list[Merged] = []
+    found: list[Layout] = []
     before = stack.merge_recorder
 
-    def record(merged: Merged) -> None:
+    def record(merged: Layout) -> None:
         found.append(merged)
         if before is not None:
             before(merged)

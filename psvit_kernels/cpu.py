@@ -82,6 +82,8 @@ _SUPPORTS: dict[str, Callable[..., str | None]] = {
     "select_tokens": lambda *_: "sorting scores is PyTorch's",
     "merge_tokens": lambda *_: None,
     "merge_tokens_backward": lambda *args: "gradients of weights" if args[-1] else None,
+    "reduce_map": lambda *_: "no kernel",
+    "reduce_map_backward": lambda *_: "two products, which are PyTorch's",
 }
 
 

@@ -16,6 +16,11 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+def added(x: Tensor, residual: Tensor | None) -> Tensor:
+    """Their sum, wide."""
+    return wide(x) if residual is None else wide(x) + wide(residual)
+
+
 def _per_head(correction: Tensor) -> tuple[Tensor, ...]:
     """alpha, beta, gamma, each (H, 1, 1)."""
     return wide(correction)[:, :, None, None].unbind(1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks, codes
+from .groups import TokenGroups, check_groups
 
 #: Rows of a stored map start on multiples of this many bytes, for vector loads and bulk copies.
 ROW_ALIGNMENT = 16
@@ -60,6 +61,27 @@ class AttentionMap:
     def dense(self) -> Tensor:
         """The probabilities, (B, H, M, N), for people and pictures."""
         raise TypeError(f"{type(self).__name__} has no dense form")
+
+    def reduce(self, groups: TokenGroups) -> DenseMap:
+        """The map of tokens that became fewer: rows averaged, columns summed.
+
+        Its rows sum to 1. It does to values that are equal within groups what this map does
+        before its results are averaged. Other forms than ``DenseMap`` are made dense first.
+
+        Args:
+            groups: of the N tokens, of each image or the same for all.
+
+        Returns:
+            `(B, H, M, M)`; gradients go back to this map, none to the groups.
+
+        Raises:
+            ValueError: a map that isn't square, groups of other tokens or images.
+            TypeError: no groups.
+        """
+        source = self if isinstance(self, DenseMap) else DenseMap.from_dense(self.dense())
+        check_groups(groups, source.storage, source.n)
+        reduced = torch.ops.psvit_kernels.reduce_map(source.storage, source.n, *groups)
+        return DenseMap(reduced, groups.tokens)
 
     @property
     def nbytes(self) -> int:

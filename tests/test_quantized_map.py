@@ -264,7 +264,7 @@ def test_dropout_has_the_gradients_of_its_own_mask(server, form):
     def masked(m, values):
         seed = torch.randint(2**63 - 1, (1,))
         p = m.dense()
-        return (p * reference._kept(tuple(p.shape), 0.4, seed)) @ values
+        return (p * reference.apply._kept(tuple(p.shape), 0.4, seed)) @ values
 
     got = run(lambda m, values: pk.apply_attention(m, values, dropout=0.4))
     for a, b in zip(got, run(masked), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention, split_heads
 from ..block import BlockNames
-from ..merging import Merged
+from ..layout import Layout
 from ..stack import Stack, record_merges
 from . import Encoder, check_attributes, check_children, check_class, check_hooks
 
@@ -136,7 +136,7 @@ class Intermediates:
             return found
         if output_fmt != "NCHW":
             raise ValueError(f'output_fmt: got "{output_fmt}", expected "NCHW" or "NLC"')
-        by_tokens = {merged.sizes.shape[1]: merged for merged in merges}
+        by_tokens = {merged.tokens: merged for merged in merges}
         if isinstance(found, dict):
             features = [self._image(y, by_tokens) for y in found["image_intermediates"]]
             return {**found, "image_intermediates": features}
@@ -145,12 +145,12 @@ class Intermediates:
         final, features = found
         return final, [self._image(y, by_tokens) for y in features]
 
-    def _image(self, feature: Any, merges: dict[int, Merged]) -> Any:
+    def _image(self, feature: Any, merges: dict[int, Layout]) -> Any:
         if isinstance(feature, tuple):  # with its prefix tokens
             return self._image(feature[0], merges), *feature[1:]
         stack = self.model.blocks
         assert isinstance(stack, Stack) and stack.grid.now is not None
-        feature = merges[stack.prefix + feature.shape[1]].upsample(feature, stack.prefix)
+        feature = merges[stack.prefix + feature.shape[1]].on_grid(feature)
         h, w = stack.grid.now
         for layout in stack.layouts(stack.prefix + h * w):
             if layout.cells == feature.shape[1]:

@@ -225,11 +225,12 @@ def _draw_merges(fast: nn.Module, image: Path, preprocess: Preprocess, picture: 
     x = next(models.read_batches([image], preprocess, 1))
     with torch.inference_mode(), record_merges(fast) as merges:
         fast(x)
-    first = len(merges) - len(stack.schedule.stages[-1])
-    grid = stack.layouts(merges[0].into.shape[1])[-1].grid
+    found = [merged.into for merged in merges if merged.into is not None]
+    grid = stack.layouts(found[0].shape[1])[-1].grid
     if len(grid) != 2:
         raise BadInputError("--show: expected --dims 2: tokens pooled as a sequence have no grid")
-    layers = [merged.into[0, stack.prefix :].view(grid) for merged in merges[first:]]
+    stage = stack.schedule.stages[-1]
+    layers = [into[0, stack.prefix :].view(grid) for into in found[stage[0] :]]
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
     draw_merges(x[0] * std + mean, layers, picture, title=f"{image.name}: merged patches")
 
