@@ -27,13 +27,14 @@ using namespace psvit;
     void match_tokens(const MatchArgs&);                   \
     void merge_tokens(const MergeArgs&);                   \
     void merge_tokens_backward(const MergeArgs&);          \
+    void reduce_map(const ReduceMapArgs&);                 \
     double peak_gflops(int threads);                       \
     }
 #define PSVIT_TABLE(ISA)                                                            \
     Kernels{#ISA,                    ISA::attention,       ISA::apply,               \
             ISA::attention_backward, ISA::apply_backward,  ISA::token_pool,          \
             ISA::token_pool_backward, ISA::match_tokens,   ISA::merge_tokens,        \
-            ISA::merge_tokens_backward, ISA::peak_gflops}
+            ISA::merge_tokens_backward, ISA::reduce_map,   ISA::peak_gflops}
 
 PSVIT_DECLARE(portable)
 #ifdef PSVIT_ISA_X86
@@ -239,6 +240,15 @@ void merge_tokens_backward(bool is_bfloat16, std::array<int64_t, 4> size, const 
     kernels().merge_tokens_backward(a);
 }
 
+void reduce_map(bool is_bfloat16, std::array<int64_t, 6> size, Strided map, Strided out,
+                std::array<uintptr_t, 4> tables, int threads) {
+    ReduceMapArgs a = {dtype(is_bfloat16), size[0], size[1], size[2], size[3], size[4], size[5],
+                       view(map), view(out), integers(tables[0]), integers(tables[1]),
+                       floats(tables[2]), floats(tables[3]), threads};
+    py::gil_scoped_release release;
+    kernels().reduce_map(a);
+}
+
 std::vector<std::string> usable_isas() {
     std::vector<std::string> names;
     for (const Kernels& table : usable_tables()) names.push_back(table.isa);
@@ -259,6 +269,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("match_tokens", &match_tokens);
     m.def("merge_tokens", &merge_tokens);
     m.def("merge_tokens_backward", &merge_tokens_backward);
+    m.def("reduce_map", &reduce_map);
     m.def("peak_gflops", [](int threads) { return kernels().peak_gflops(threads); },
           py::call_guard<py::gil_scoped_release>(),
           "Fused multiply-adds in registers, in GFLOP/s: what no product can exceed.");

@@ -82,8 +82,7 @@ _SUPPORTS: dict[str, Callable[..., str | None]] = {
     "select_tokens": lambda *_: "sorting scores is PyTorch's",
     "merge_tokens": lambda *_: None,
     "merge_tokens_backward": lambda *args: "gradients of weights" if args[-1] else None,
-    "reduce_map": lambda *_: "no kernel",
-    "reduce_map_backward": lambda *_: "two products, which are PyTorch's",
+    "reduce_map": lambda *_: None,
 }
 
 
@@ -435,3 +434,19 @@ def merge_tokens_backward(
         sizes.data_ptr(), _tokens(g), _tokens(dx), torch.get_num_threads(),
     )  # fmt: skip
     return dx, x.new_empty(0), *dnorm
+
+
+# --- reduce_map -------------------------------------------------------------------------------
+
+
+def reduce_map(storage, n, order, starts, means, shares):
+    images, entries = order.shape
+    b, h, m = max(storage.shape[0], images), storage.shape[1], starts.shape[1] - 1
+    storage = _unit(storage).expand(b, -1, -1, -1)
+    out = storage.new_empty(b, h, m, row_pitch(m, storage.itemsize))
+    tables = [order.contiguous(), starts.contiguous(), _float(means), _float(shares)]
+    _native.reduce_map(
+        storage.dtype is torch.bfloat16, (b, h, n, m, images, entries), _strided(storage),
+        _strided(out), [_address(t) for t in tables], torch.get_num_threads(),
+    )  # fmt: skip
+    return out

@@ -247,6 +247,13 @@ def _merge(c: int, everything: bool, backward: bool, dtype: torch.dtype = BF16) 
         provider.merge_tokens(x, residual, into, order, starts, weights, *norm, 1e-6)
 
 
+def _reduce_map(n: int, m: int, shares: bool, dtype: torch.dtype = BF16) -> None:
+    order, starts = (torch.empty(64, size, dtype=torch.int64) for size in (n, m + 1))
+    means = torch.empty(64, n)
+    storage = torch.empty(64, 6, n, row_pitch(n, dtype.itemsize), dtype=dtype)
+    provider.reduce_map(storage, n, order, starts, means, means if shares else None)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "attention, 197": partial(_attention, 197, BF16, False),
     "attention, dense map, 197": partial(_attention, 197, BF16, True),
@@ -290,6 +297,9 @@ CASES: dict[str, Callable[[], None]] = {
     "merge, 768, with everything": partial(_merge, 768, True, False),
     "merge, 1024, with everything, float32": partial(_merge, 1024, True, False, F32),
     "merge backward, 768, weights": partial(_merge, 768, True, True),
+    "reduce map, 197": partial(_reduce_map, 197, 184, False),
+    "reduce map, 577, shares": partial(_reduce_map, 577, 537, True),
+    "reduce map, 197, float32": partial(_reduce_map, 197, 184, False, F32),
     "exponentials": lambda: exponentials(torch.empty(4096, 4096)),
     "pool, max": partial(_pool_forward, "max", False),
     "pool, max, norm": partial(_pool_forward, "max", True),

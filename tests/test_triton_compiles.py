@@ -22,7 +22,7 @@ ARCHITECTURES = (80, 90, 100)
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 #: Kernels without a product for tensor cores.
-NO_PRODUCT = ("_pool", "_delta", "_exponentials", "_merge", "_match")  # a match is exact
+NO_PRODUCT = ("_pool", "_delta", "_exponentials", "_merge", "_match", "_reduce")  # a match is exact
 
 
 @pytest.fixture(scope="module")

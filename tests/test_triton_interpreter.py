@@ -20,7 +20,8 @@ pytest.importorskip("triton")
     "files",
     [
         "test_attention.py test_maps.py test_quantized_map.py test_registration.py",
-        "test_apply_attention.py test_merging.py test_token_pool.py test_triton_limits.py",
+        "test_apply_attention.py test_merging.py test_reduce_map.py test_token_pool.py"
+        " test_triton_limits.py",
     ],
 )
 def test_kernels_pass_in_the_interpreter(interpreter_runs, files):

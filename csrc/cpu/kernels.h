@@ -133,6 +133,19 @@ struct MergeArgs {
     int threads;
 };
 
+// A map of the tokens that are left: see psvit_kernels/groups.py.
+struct ReduceMapArgs {
+    Dtype dtype;
+    int64_t batch, heads, tokens, outputs;
+    int64_t images, entries;  // of the tables; one image's serve all
+    View map, out;            // (B, H, N, N), (B, H, M, M): rows padded with zeros to their stride
+    const int64_t* order;     // (images, entries)
+    const int64_t* starts;    // (images, M + 1)
+    const float* means;       // (images, entries)
+    const float* shares;      // likewise, or null: all 1
+    int threads;
+};
+
 // One table per instruction set.
 struct Kernels {
     const char* isa;
@@ -145,6 +158,7 @@ struct Kernels {
     void (*match_tokens)(const MatchArgs&);
     void (*merge_tokens)(const MergeArgs&);
     void (*merge_tokens_backward)(const MergeArgs&);
+    void (*reduce_map)(const ReduceMapArgs&);
     double (*peak_gflops)(int threads);
 };
 

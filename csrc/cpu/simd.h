@@ -137,6 +137,19 @@ PSVIT_INLINE void store_upto(T* p, vf x, int64_t n) {
         store_first(p, x, n);
 }
 
+// base[index[i]] in lane i.
+PSVIT_INLINE vf gather(const float* base, const int32_t* index) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4);
+#elif defined(__AVX2__)
+    return (vf)_mm256_i32gather_ps(base, _mm256_loadu_si256((const __m256i*)index), 4);
+#else
+    vf x;
+    for (int i = 0; i < W; i++) x[i] = base[index[i]];
+    return x;
+#endif
+}
+
 // a > b ? a : b, so a NaN in a is passed over.
 PSVIT_INLINE vf maximum(vf a, vf b) {
 #if defined(__AVX512F__)

@@ -18,7 +18,7 @@ from .attention import attention, attention_backward, attention_quantized
 from .match import match_tokens, select_tokens
 from .merge import merge_tokens, merge_tokens_backward
 from .pool import token_pool, token_pool_backward
-from .reduce import reduce_map, reduce_map_backward
+from .reduce import reduce_map
 
 __all__ = [
     "apply_dense",
@@ -34,7 +34,6 @@ __all__ = [
     "merge_tokens",
     "merge_tokens_backward",
     "reduce_map",
-    "reduce_map_backward",
     "select_tokens",
     "token_pool",
     "token_pool_backward",

@@ -19,35 +19,12 @@ def _matrix(order: Tensor, starts: Tensor, values: Tensor, n: int) -> Tensor:
     return matrix.view(b, 1, m + 1, n)[:, :, :m]
 
 
-def _matrices(
-    order: Tensor, starts: Tensor, means: Tensor, shares: Tensor | None, storage: Tensor
-) -> tuple[Tensor, Tensor]:
-    n, dtype = storage.shape[2], wide(storage).dtype
-    shares = torch.ones_like(means) if shares is None else shares
-    rows, columns = (_matrix(order, starts, t.to(dtype), n) for t in (means, shares))
-    return rows, columns
-
-
 def reduce_map(
     storage: Tensor, n: int, order: Tensor, starts: Tensor, means: Tensor, shares: Tensor | None
 ) -> Tensor:
     """P' = R P U^T: rows are means over the members of a group, columns sums of their shares."""
-    rows, columns = _matrices(order, starts, means, shares, storage)
-    p = (rows @ wide(storage[..., :n]) @ columns.transpose(-1, -2)).to(storage.dtype)
+    shares = torch.ones_like(means) if shares is None else shares
+    p = wide(storage[..., :n])
+    rows, columns = (_matrix(order, starts, t.to(p.dtype), n) for t in (means, shares))
+    p = (rows @ p @ columns.transpose(-1, -2)).to(storage.dtype)
     return F.pad(p, (0, row_pitch(p.shape[-1], storage.element_size()) - p.shape[-1]))
-
-
-def reduce_map_backward(
-    grad: Tensor,
-    storage: Tensor,
-    n: int,
-    order: Tensor,
-    starts: Tensor,
-    means: Tensor,
-    shares: Tensor | None,
-) -> Tensor:
-    """dP = R^T dP' U, in the map's storage."""
-    rows, columns = _matrices(order, starts, means, shares, storage)
-    g = wide(grad[..., : starts.shape[1] - 1])
-    dp = (rows.transpose(-1, -2) @ g @ columns).sum_to_size(*storage.shape[:3], n)
-    return F.pad(dp.to(storage.dtype), (0, storage.shape[-1] - n))

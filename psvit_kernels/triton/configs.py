@@ -207,6 +207,17 @@ def merge(channels: int) -> list[Config]:
     ]
 
 
+def reduce_map(tokens: int) -> list[Config]:
+    """Rows of the result, as whole as registers allow, 16 elements a thread: what is known of a
+    column is read once for all rows of a tile."""
+    block = min(256, padded(tokens))
+    rows = 4096 // block
+    return [
+        Config({"BLOCK_M": r, "BLOCK_N": block}, num_warps=warps, num_stages=1)
+        for r, warps in ((rows // 2, 4), (rows, 8), (rows // 4, 4))
+    ]
+
+
 def match(depth: int) -> list[Config]:
     """Square tiles of scores; products without tensor cores hold both operands in registers."""
     return [Config({"BLOCK": min(64, 4096 // depth)}, num_warps=8, num_stages=1)]

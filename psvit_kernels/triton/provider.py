@@ -38,6 +38,7 @@ _FILES = {
     "match_tokens": "merge",
     "merge_tokens": "merge",
     "merge_tokens_backward": "merge",
+    "reduce_map": "reduce_map",
 }
 
 #: Which arguments have a head dim last; the first of them tells the dtype.
@@ -56,6 +57,7 @@ _HEADS = {
     "match_tokens": (0,),
     "merge_tokens": (),
     "merge_tokens_backward": (),
+    "reduce_map": (),
 }
 
 
