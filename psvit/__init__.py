@@ -1,6 +1,6 @@
 """PSViT: vision transformers with pooled tokens and shared attention maps."""
 
-from . import init
+from . import init, slimming
 from .accelerate import accelerate, restore
 from .analyze import Analysis, analyze
 from .calibrate import calibrate
@@ -34,6 +34,7 @@ __all__ = [
     "record_maps",
     "record_merges",
     "restore",
+    "slimming",
 ]
 
 

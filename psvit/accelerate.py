@@ -6,7 +6,7 @@ import copy
 import importlib
 import warnings
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from torch import nn
 
@@ -17,6 +17,10 @@ from .merging import merge_counts
 from .pooling import GridPool, Kind
 from .schedule import ATTEND, Schedule
 from .stack import Stack, find_stack
+from .token_map import Pool
+
+if TYPE_CHECKING:
+    from .slimming.method import Method
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -109,13 +113,7 @@ def convert_quietly(
     inplace: bool = False,
 ) -> Model:
     """As ``accelerate``, without its warnings: for those who see to what they warn of."""
-    encoder = adapters.find(model)
-    if isinstance(encoder.container, Stack):
-        _check_converted(model, encoder.container)
-        raise ValueError(
-            f'model: is converted already, to schedule "{encoder.container.schedule}"; '
-            f"call psvit.restore on it first"
-        )
+    encoder = find_unconverted(model)
     schedule = Schedule.parse(schedule, depth=len(encoder.layers))
     if schedule.pools and encoder.whole is not None:
         raise ValueError(f'schedule "{schedule}": pools tokens, but {encoder.whole}')
@@ -128,8 +126,25 @@ def convert_quietly(
     if not inplace:
         model = copy.deepcopy(model)
         encoder = adapters.find(model)
-    _convert(encoder, schedule, _pools(encoder, schedule, pool, dims), size_bias, counts, strip)
+    pools = _pools(encoder, schedule, pool, dims)
+    convert(encoder, schedule, pools, size_bias=size_bias, merge=counts, strip=strip)
     return model
+
+
+def find_unconverted(model: nn.Module) -> adapters.Encoder:
+    """The encoder in a host's model, as ``adapters.find``.
+
+    Raises:
+        ValueError: one that is converted already, too.
+    """
+    encoder = adapters.find(model)
+    if isinstance(encoder.container, Stack):
+        _check_converted(model, encoder.container)
+        raise ValueError(
+            f'model: is converted already, to schedule "{encoder.container.schedule}"; '
+            f"call psvit.restore on it first"
+        )
+    return encoder
 
 
 def restore(model: Model) -> Model:
@@ -215,15 +230,18 @@ def _pools(
     ]
 
 
-def _convert(
+def convert(
     encoder: adapters.Encoder,
     schedule: Schedule,
-    pools: list[GridPool],
-    size_bias: bool,
-    merge: tuple[int, ...],
-    strip: bool,
+    pools: Sequence[Pool] = (),
+    *,
+    size_bias: bool = False,
+    merge: tuple[int, ...] = (),
+    strip: bool = False,
+    slimming: Method | None = None,
 ) -> None:
-    """Everything is checked by now; the host changes in the last lines only."""
+    """Puts a stack in a host's place. Everything is checked by now; the host changes in the last
+    lines only."""
     blocks: dict[str, Block] = {}
     for i, (name, layer) in enumerate(encoder.layers.items()):
         host = getattr(layer, encoder.names.attention)
@@ -242,6 +260,7 @@ def _convert(
         pools=pools,
         size_bias=size_bias,
         merge=merge,
+        slimming=slimming,
     )
     setattr(encoder.owner, encoder.attribute, stack)
     encoder.embedding.register_forward_hook(RecordGrid(source, encoder.measure))

@@ -24,7 +24,8 @@ class MapSlot:
     Args:
         record: called with each layer's `(B, H, N, N)` probabilities, if somebody wants them.
         reuses: how many layers apply the map after the one that computes it.
-        merges: whether tokens are merged by the keys of that layer.
+        merges: whether tokens are merged or selected by the keys of that layer, or by how much
+            of them its first query sees.
         followed: whether a map of merged tokens is made of it.
     """
 
@@ -37,6 +38,7 @@ class MapSlot:
     ) -> None:
         self.map: AttentionMap | None = None
         self.keys: Tensor | None = None
+        self.query: Tensor | None = None
         self.reuses = reuses
         self.record = record
         self.merges = merges
@@ -116,7 +118,7 @@ class Attention(nn.Module, ABC):
                 assert attn_map is not None
                 out = apply_attention(attn_map, v, dropout=p)
             if slot is not None and slot.merges:
-                slot.keys = k
+                slot.keys, slot.query = k, q[:, :, :1]
         if slot is not None:
             slot.map = attn_map
             if slot.record is not None and attn_map is not None:

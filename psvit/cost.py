@@ -18,6 +18,7 @@ from .merging import merge_counts, tokens_left
 from .pooling import GridPool, Kind
 from .schedule import Schedule
 from .stack import Stack
+from .token_map import Pool
 
 
 class LayerCost(NamedTuple):
@@ -52,8 +53,8 @@ def layer_costs(
     Args:
         model: converted or not; one that ``accelerate`` knows.
         schedule: what it shall run under, whatever it runs under now. If that is the schedule the
-            model has, its own pools are taken.
-        pool, dims, merge: as for ``accelerate``; finding what to merge isn't counted.
+            model has, its own pools are taken, and its method of slimming.
+        pool, dims, merge: as for ``accelerate``; finding what to merge or to keep isn't counted.
 
     Raises:
         ValueError: as ``accelerate``.
@@ -66,6 +67,7 @@ def layer_costs(
     weights = sum(p.numel() for p in convolution.parameters())
     flops = 2 * layout.cells * convolution.weight.numel()
     rows = [LayerCost("embedding", "", layout.tokens, flops, weights)]
+    slimmed = _slimmed(encoder, schedule)
     counts, gone = merge_counts(merge, schedule), 0
     for i, layer in enumerate(encoder.layers.values()):
         flops = params = 0
@@ -77,15 +79,28 @@ def layer_costs(
         kind, tokens = schedule.kinds[i], layout.tokens - gone
         (left,) = tokens_left(tokens, encoder.prefix, counts[i : i + 1])
         gone += tokens - left
+        if slimmed is not None:
+            tokens, left, after = slimmed[i]
+            gone = layout.tokens - after
         layer_flops, layer_params = _layer(layer, encoder.names.attention, kind, tokens, left)
         rows.append(LayerCost(str(i + 1), kind, tokens, flops + layer_flops, params + layer_params))
     rows.append(_rest(model, encoder, layout.tokens - gone))
     return rows
 
 
+def _slimmed(encoder: adapters.Encoder, schedule: Schedule) -> list[list[int]] | None:
+    """Tokens of each layer's attention, of its MLP and after it, if a method chooses them."""
+    stack = encoder.container
+    if not isinstance(stack, Stack) or stack.slimming is None or stack.schedule != schedule:
+        return None
+    h, w = encoder.grid
+    counts = stack.slimming.counts(h * w, schedule.depth)
+    return [[encoder.prefix + patches for patches in layer] for layer in counts]
+
+
 def _pools(
     encoder: adapters.Encoder, schedule: Schedule, kind: Kind, dims: Literal[1, 2]
-) -> list[GridPool]:
+) -> Sequence[Pool]:
     stack = encoder.container
     if isinstance(stack, Stack) and stack.schedule == schedule:
         return [stack.pool(i) for i in range(len(schedule.pools))]

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from psvit_kernels import token_pool
 
 from .layout import Layout
-from .token_map import TokenMap
+from .token_map import Pool
 
 Kind = Literal["max", "avg", "stride", "conv"]
 KINDS = ("max", "avg", "stride", "conv")
 
 
-class GridPool(nn.Module, TokenMap):
+class GridPool(Pool):
     """Fewer tokens from a grid of them; prefix tokens pass beside it, so hosts find them in place.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from .attention import MapSlot
 from .block import Block
 from .host import adopt
 from .layout import GridSource, Layout, size_bias
-from .pooling import GridPool
 from .schedule import Schedule
-from .token_map import IndexMap
+from .token_map import IndexMap, Pool
+
+if TYPE_CHECKING:  # methods of slimming run a stack's blocks
+    from .slimming.method import Method
 
 
 class Stack(nn.Module):
@@ -45,6 +47,8 @@ class Stack(nn.Module):
         size_bias: whether keys of pooled tokens get the log of the number of tokens they stand
             for.
         merge: pairs of tokens that each block merges; none if empty.
+        slimming: the method that chooses which tokens go through each block, if there is one; with
+            a schedule whose layers all attend.
     """
 
     #: Called with the map of each layer, if somebody wants them: see ``record_maps``.
@@ -65,9 +69,10 @@ class Stack(nn.Module):
         *,
         prefix: int,
         grid: GridSource,
-        pools: Sequence[GridPool],
+        pools: Sequence[Pool],
         size_bias: bool = False,
         merge: Sequence[int] = (),
+        slimming: Method | None = None,
     ) -> None:
         super().__init__()
         adopt(self, host, children=False)
@@ -81,6 +86,7 @@ class Stack(nn.Module):
         self.grid = grid
         self.size_bias = size_bias
         self.merge = tuple(merge) or (0,) * schedule.depth
+        self.slimming = slimming
         # What a pass asks the schedule, as plain tuples: tracing can't follow cached properties.
         self.stages = tuple(s for s, layers in enumerate(schedule.stages) for _ in layers)
         self.donors = schedule.donors
@@ -133,15 +139,22 @@ class Stack(nn.Module):
             pools=[self.pool(i) for i in range(len(schedule.pools))],
             size_bias=self.size_bias,
             merge=self.merge[:count],
+            slimming=self.slimming,
         )
         stack.training = self.training
         stack.recorder, stack.merge_recorder = self.recorder, self.merge_recorder
         return stack
 
-    def pool(self, index: int) -> GridPool:
+    def pool(self, index: int) -> Pool:
         found = self.pools[index]
-        assert isinstance(found, GridPool)
+        assert isinstance(found, Pool)
         return found
+
+    @property
+    def keeps_grid(self) -> bool:
+        """Whether every patch has a token after every layer."""
+        slims = self.slimming is not None and self.slimming.drops
+        return not (self.schedule.pools or any(self.merge) or slims)
 
     def layouts(self, tokens: int) -> list[Layout]:
         """What the tokens are in each stage, for so many at the input.
@@ -165,7 +178,8 @@ class Stack(nn.Module):
 
     def extra_repr(self) -> str:
         parts = f'schedule="{self.schedule}", prefix={self.prefix}, size_bias={self.size_bias}'
-        return f"{parts}, merge={self.merge}" if any(self.merge) else parts
+        parts += f", merge={self.merge}" if any(self.merge) else ""
+        return parts if self.slimming is None else f"{parts}, {self.slimming}"
 
 
 class Flow:
@@ -177,18 +191,22 @@ class Flow:
         #: What the tokens are that enter a block, for those after the first that merges. By block,
         #: so that a checkpoint which runs one again finds what it found before.
         self.merged: dict[int, Layout] = {}
+        #: What a method of slimming knows when it enters a block, kept as ``merged`` is.
+        self.known: dict[int, Any] = {}
         #: Outputs that a checkpointed group has made already, each with the input it belongs to.
         self.ready: list[tuple[Tensor, Tensor]] = []
         self.open(stack.recorder if record is None else record)
 
     def open(self, record: Callable[[Tensor], object] | None) -> None:
         """A slot for each group whose map or keys somebody else wants."""
-        merge = self.stack.merge
+        merge, slimming = self.stack.merge, self.stack.slimming
         #: By donor; and for layers after the first of a group that merges tokens, by layer.
         self.slots: dict[int, MapSlot] = {}
         self.followers: dict[int, MapSlot] = {}
         for group in self.stack.groups:
-            merging = [layer for layer in group if merge[layer]]
+            merging = [
+                layer for layer in group if merge[layer] or (slimming and slimming.looks(layer))
+            ]
             last = merging[0] if merging else group[-1]
             reuses = last - group[0]
             if reuses or merging or record is not None:
@@ -208,8 +226,11 @@ class Flow:
             x, _ = stack.pool(stage - 1).reduce(x, self.layouts[stage - 1])
         bias = self._bias(index, x, mask) if donor == index else None
         slot = self.followers.get(index) or self.slots.get(donor)
-        merge = partial(self._merge, index, slot) if stack.merge[index] else None
-        out = stack.block(index)(x, slot=slot, bias=bias, merge=merge)
+        if stack.slimming is not None:
+            out = stack.slimming.run(self, index, x, slot)
+        else:
+            merge = partial(self._merge, index, slot) if stack.merge[index] else None
+            out = stack.block(index)(x, slot=slot, bias=bias, merge=merge)
         if index in self.merged:
             self.merged.setdefault(index + 1, self.merged[index])
         if stack.merge_recorder is not None:
@@ -217,7 +238,7 @@ class Flow:
         last = index + 1 == len(stack) or stack.donors[index + 1] != donor
         if last and slot is not None and not torch.is_grad_enabled():
             # With gradients on, a checkpoint may run the sharing layers again.
-            slot.map = slot.keys = None
+            slot.map = slot.keys = slot.query = None
         return out
 
     def _merge(
@@ -225,7 +246,7 @@ class Flow:
     ) -> tuple[Tensor, Tensor]:
         """x + branch with pairs of tokens merged, and what the norm makes of it."""
         assert slot is not None and slot.keys is not None
-        stack, before = self.stack, self.merged.get(index) or self._each(index, x)
+        stack, before = self.stack, self.layout(index, x)
         match = match_tokens(slot.keys, stack.merge[index], prefix=stack.prefix)
         assert isinstance(before.sizes, Tensor)
         pairs = IndexMap(match, before.sizes)
@@ -235,6 +256,10 @@ class Flow:
             after = slot.reduced(pairs, before)
             self.followers |= {layer: after for layer in group if layer > index}
         return tokens, normed
+
+    def layout(self, index: int, x: Tensor) -> Layout:
+        """What the tokens are that enter a block, image by image."""
+        return self.merged.get(index) or self._each(index, x)
 
     def _each(self, index: int, x: Tensor) -> Layout:
         """What the tokens of a layer are while none is merged."""
@@ -249,7 +274,7 @@ class Flow:
         stage = self.stack.stages[index]
         layout = self.merged.get(index) or (self.layouts and self.layouts[stage])
         sizes = size_bias(layout, x) if layout else None
-        if mask is not None and any(self.stack.merge):
+        if mask is not None and (any(self.stack.merge) or self.stack.slimming is not None):
             raise ValueError(
                 "attn_mask: got a mask for a model that merges tokens, expected None; a mask "
                 "doesn't say what it means for merged tokens"

@@ -29,6 +29,18 @@ class TokenMap(ABC):
         """`(B, M, C)` to `(B, N, C)`: the adjoint of ``reduce``, or what a method has instead."""
 
 
+class Pool(nn.Module, TokenMap):
+    """A token map that is a module, and leaves as many tokens of any image: between two layers."""
+
+    @abstractmethod
+    def reduced(self, layout: Layout) -> Layout:
+        """What the tokens are once they were pooled."""
+
+    @abstractmethod
+    def flops(self, layout: Layout) -> int:
+        """Of the products of pooling one image, a multiply-add counted as 2."""
+
+
 class IndexMap(TokenMap):
     """Each output token is a weighted mean of the tokens assigned to it; each input belongs to one.
 

@@ -188,7 +188,7 @@ def encoder(module: nn.Module, model: nn.Module) -> Encoder | None:
 
 
 def after_conversion(model: nn.Module, stack: Stack) -> None:
-    if stack.schedule.pools or any(stack.merge):
+    if not stack.keeps_grid:
         model.forward_intermediates = Intermediates(model)  # type: ignore[assignment,arg-type]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..outputs import logits_of, relative_errors
+from ..pooling import GridPool
 from ..schedule import ATTEND, POOL, Schedule
 from ..stack import Stack, find_stack
 from .images import Images
@@ -104,7 +105,9 @@ class _Trial:
     ) -> None:
         self.model, self.layer, self.images, self.step = pooled, layer, images, step
         stack = find_stack(pooled)
-        self.pool = stack.pool(len(stack.pools) - 1)
+        pool = stack.pool(len(stack.pools) - 1)
+        assert isinstance(pool, GridPool)
+        self.pool = pool
         lockstep = Lockstep(original, pooled)
         seen = [lockstep.group(few, (layer,)) for few in images]
         self.tokens, self.layout = [one.tokens for one in seen], seen[0].layouts[-2]

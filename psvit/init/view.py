@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..layout import Layout
 from ..pooling import GridPool
 from ..stack import Stack
+from ..token_map import Pool
 
 
 @dataclass
@@ -123,7 +124,7 @@ def _position_embedding(model: nn.Module) -> Tensor:
     return position
 
 
-def _stages(rows: Tensor, layout: Layout, pools: Sequence[GridPool]) -> list[Places]:
+def _stages(rows: Tensor, layout: Layout, pools: Sequence[Pool]) -> list[Places]:
     """The position embedding of each stage: it goes through the pools as the tokens do.
 
     That is what a pool makes of it only if the pool is linear (norms aside); after a maximum over
@@ -132,8 +133,9 @@ def _stages(rows: Tensor, layout: Layout, pools: Sequence[GridPool]) -> list[Pla
     stages = [Places(_sides(layout), _normalised(rows))]
     missing = ""
     for pool in pools:
-        kind = getattr(pool, "stage_kind", pool.kind)  # what a pool of PSViT models is as a whole
-        if kind == "max":
+        if not isinstance(pool, GridPool):
+            missing = missing or "after a pool by content the tokens have no grid"
+        elif getattr(pool, "stage_kind", pool.kind) == "max":  # of PSViT models: as a whole
             missing = missing or "after a max pool positions can't be told apart from content"
         elif pool.dims == 1:
             missing = missing or "after a pool of the sequence the tokens have no grid"

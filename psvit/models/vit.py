@@ -36,6 +36,11 @@ class Stages(Stack):
 
     built = True
 
+    def pool(self, index: int) -> StagePool:
+        found = self.pools[index]
+        assert isinstance(found, StagePool)
+        return found
+
 
 class PSViT(VisionTransformer):
     """A vision transformer that pools tokens between stages and shares attention maps within them.
@@ -71,7 +76,7 @@ class PSViT(VisionTransformer):
     Source: PSViT, arXiv 2108.03428, section 3. What the paper leaves open is an argument here.
     """
 
-    blocks: Stack  # type: ignore[assignment]
+    blocks: Stages  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -324,7 +329,7 @@ class PSViT(VisionTransformer):
         return {**matcher, "blocks": [*places, *matcher["blocks"]]}
 
     def _stage_pools(self) -> list[StagePool]:
-        return [self.blocks.pool(i) for i in range(len(self.schedule.pools))]  # type: ignore[misc]
+        return [self.blocks.pool(i) for i in range(len(self.schedule.pools))]
 
     def _check_images(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_chans:

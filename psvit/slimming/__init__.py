@@ -1,15 +1,18 @@
-"""Systems that learn which tokens to keep: EViT, Evo-ViT and SiT."""
+"""Methods that choose or make the tokens of each layer by the image: EViT, Evo-ViT, SiT."""
 
+from .convert import evit, evo_vit, sit
 from .query_pool import QueryPool, Recovery
 from .scores import class_attention
-from .selection import Selection, select_patches, slow_and_fast, updated_scores
+from .selection import select_patches, slow_and_fast, updated_scores
 
 __all__ = [
     "QueryPool",
     "Recovery",
-    "Selection",
     "class_attention",
+    "evit",
+    "evo_vit",
     "select_patches",
+    "sit",
     "slow_and_fast",
     "updated_scores",
 ]

@@ -13,13 +13,13 @@ from psvit_kernels import apply_attention, attention
 from ..attention import split_heads
 from ..layout import Layout
 from ..numbers import check_number
-from ..token_map import TokenMap
+from ..token_map import Pool
 
 #: Channels of a head that the kernels take.
 WIDEST = 128
 
 
-class QueryPool(nn.Module, TokenMap):
+class QueryPool(Pool):
     """M tokens, each a mean of all patches, weighted by what the patches are: SiT's slimming.
 
     X^ = softmax over patches (s W2 gelu(W1 LN x))^T x, which is attention of one head with the
