@@ -14,7 +14,7 @@ from . import adapters
 from .block import Block
 from .layout import GridSource, RecordGrid
 from .merging import merge_counts
-from .pooling import GridPool, Kind
+from .pooling import CARRYING, GridPool, Kind
 from .schedule import ATTEND, Schedule
 from .stack import Stack, find_stack
 from .token_map import Pool
@@ -48,6 +48,7 @@ def accelerate(
         schedule: one character a layer, for example ``"AASA|ASAS|ASSS"``: see ``Schedule``.
         pool: "max", "avg", "stride" (every second token of each row and column) or "conv" (a
             learned depthwise convolution, which starts as an average); windows of 3, stride 2.
+            After "avg" and "stride" a layer may share the map of one before: it follows the tokens.
         dims: 2 pools the grid of patches, 1 the sequence of them. Prefix tokens (class,
             distillation, registers) pass beside either, since heads look for them by place.
         size_bias: add the log of the number of patches that a pooled token stands for to its key,
@@ -114,7 +115,7 @@ def convert_quietly(
 ) -> Model:
     """As ``accelerate``, without its warnings: for those who see to what they warn of."""
     encoder = find_unconverted(model)
-    schedule = Schedule.parse(schedule, depth=len(encoder.layers))
+    schedule = Schedule.parse(schedule, depth=len(encoder.layers), carried=pool in CARRYING)
     if schedule.pools and encoder.whole is not None:
         raise ValueError(f'schedule "{schedule}": pools tokens, but {encoder.whole}')
     if isinstance(merge, str):

@@ -8,11 +8,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from psvit_kernels import AttentionMap, apply_attention, attention
+from psvit_kernels import AttentionMap, TokenGroups, apply_attention, attention
 
 from .host import adopt, hand_back
-from .layout import Layout
-from .token_map import IndexMap
 
 
 class MapSlot:
@@ -26,7 +24,7 @@ class MapSlot:
         reuses: how many layers apply the map after the one that computes it.
         merges: whether tokens are merged or selected by the keys of that layer, or by how much
             of them its first query sees.
-        followed: whether a map of merged tokens is made of it.
+        followed: whether a map of fewer tokens is made of it.
     """
 
     def __init__(
@@ -48,13 +46,18 @@ class MapSlot:
     def wants_map(self) -> bool:
         return self.reuses > 0 or self.followed or self.record is not None
 
-    def reduced(self, tokens: IndexMap, layout: Layout) -> MapSlot:
-        """For the layers that come after some tokens of the map were merged."""
-        assert self.map is not None and self.keys is not None
+    def followed_by(self, groups: TokenGroups, mean: Callable[[Tensor], Tensor]) -> MapSlot:
+        """For the layers that come after the tokens of the map became fewer.
+
+        Args:
+            groups: which of them became which.
+            mean: makes tokens `(B, M, C)` of `(B, N, C)`; for the keys, if somebody wants them.
+        """
+        assert self.map is not None
         after = MapSlot(self.record, merges=self.merges)
-        after.map = self.map.reduce(tokens.groups())
-        keys = self.keys if self.keys.dim() == 3 else self.keys.mean(1)
-        after.keys, _ = tokens.reduce(keys, layout)
+        after.map = self.map.reduce(groups)
+        if self.keys is not None:
+            after.keys = mean(self.keys if self.keys.dim() == 3 else self.keys.mean(1))
         return after
 
 

@@ -60,7 +60,7 @@ def layer_costs(
         ValueError: as ``accelerate``.
     """
     encoder = adapters.find(model)
-    schedule = Schedule.parse(schedule, depth=len(encoder.layers))
+    schedule = Schedule.parse(schedule, depth=len(encoder.layers), carried=True)
     pools = _pools(encoder, schedule, pool, dims)
     layout = Layout(encoder.prefix, tuple(encoder.grid))
     convolution = encoder.convolution

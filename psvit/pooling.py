@@ -11,13 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psvit_kernels import token_pool
+from psvit_kernels import TokenGroups, token_pool
 
 from .layout import Layout
 from .token_map import Pool
 
 Kind = Literal["max", "avg", "stride", "conv"]
 KINDS = ("max", "avg", "stride", "conv")
+#: Kinds that an attention map can follow, because they are linear and say where each token goes.
+CARRYING = ("avg", "stride")
+
+_groups: dict[tuple, TokenGroups] = {}
 
 
 class GridPool(Pool):
@@ -106,6 +110,11 @@ class GridPool(Pool):
         so that constants stay constant; prefix tokens pass. Not the adjoint (``expand``), whose
         sums grow where windows overlap.
         """
+        cells = self._shares(layout).to(y) @ y[:, layout.prefix :]
+        return torch.cat([y[:, : layout.prefix], cells], dim=1)
+
+    def _shares(self, layout: Layout) -> Tensor:
+        """Of each cell how much belongs to each pooled cell: float64, `(N, M)`."""
         axes = []
         step = None if self.kind == "stride" else (self.kernel, self.padding)
         for n in self.grid(layout):
@@ -113,8 +122,34 @@ class GridPool(Pool):
             for i, owners in enumerate(_owners(n, self.stride, step)):
                 axis[i, owners] = 1 / len(owners)
             axes.append(axis)
-        cells = functools.reduce(torch.kron, axes).to(y) @ y[:, layout.prefix :]
-        return torch.cat([y[:, : layout.prefix], cells], dim=1)
+        return functools.reduce(torch.kron, axes)
+
+    def groups(self, layout: Layout, device: torch.device) -> TokenGroups:
+        """What an attention map needs to follow the tokens (``AttentionMap.reduce``).
+
+        Its rows become what ``reduce`` makes of tokens, its columns go where ``upsample`` says.
+        For "avg" and "stride" only. Made once for each layout and device.
+        """
+        if self.kind not in CARRYING:
+            raise ValueError(f"pool: got {self.kind!r}, expected one of {', '.join(CARRYING)}")
+        if torch.compiler.is_compiling():  # constants of the graph, which must not leave it
+            return self._groups(layout, device)
+        window = (self.kind, self.kernel, self.stride, self.padding)
+        key = (*window, layout.prefix, self.grid(layout), device)
+        if key not in _groups:
+            with torch.inference_mode(False):
+                _groups[key] = self._groups(layout, device)
+        return _groups[key]
+
+    def _groups(self, layout: Layout, device: torch.device) -> TokenGroups:
+        itself = torch.eye(layout.prefix, dtype=torch.float64)
+        means = torch.block_diag(itself, self.matrix(layout))
+        shares = torch.block_diag(itself, self._shares(layout).T)
+        of_group = (means > 0) | (shares > 0)
+        order = of_group.nonzero()[:, 1]
+        starts = F.pad(of_group.sum(1).cumsum(0), (1, 0))
+        parts = (t[of_group].float() for t in (means, shares))
+        return TokenGroups(*(t[None].to(device) for t in (order, starts, *parts)))
 
     def flops(self, layout: Layout) -> int:
         """Of the products of pooling one image, a multiply-add counted as 2."""

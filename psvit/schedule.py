@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -22,11 +22,13 @@ class Schedule:
     """What each layer of a vision transformer does, read left to right.
 
     ``A`` attends; ``S`` shares the map of the nearest ``A`` before it; ``|`` pools the tokens
-    between two layers. An ``S`` may not reach across a pool. Schedules are immutable, hashable,
-    equal if their text is equal, and print as their text.
+    between two layers. An ``S`` may not reach across a pool, unless maps are carried over.
+    Schedules are immutable, hashable, equal if their text is equal, and print as their text.
 
     Args:
         text: for example ``"AASA|ASSS"``: eight layers, four of them sharing, one pool.
+        carried: whether an ``S`` may stand after a pool: it applies what the pool makes of the map,
+            which the pools "avg" and "stride" can (``GridPool.groups``).
 
     Raises:
         ValueError: a text that is no schedule; the message names the layer, counted from 1.
@@ -36,19 +38,24 @@ class Schedule:
     """
 
     text: str
+    carried: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check(self.text)
+        _check(self.text, self.carried)
 
     @classmethod
-    def parse(cls, text: str | Schedule, depth: int | None = None) -> Schedule:
+    def parse(
+        cls, text: str | Schedule, depth: int | None = None, *, carried: bool = False
+    ) -> Schedule:
         """A schedule from its text, held against the depth of a model if one is given.
 
         Raises:
             ValueError: a text that is no schedule, or one of another depth.
             TypeError: neither a string nor a schedule.
         """
-        schedule = text if isinstance(text, cls) else cls(text)  # type: ignore[arg-type]
+        if isinstance(text, cls):
+            _check(text.text, carried)
+        schedule = text if isinstance(text, cls) else cls(text, carried)  # type: ignore[arg-type]
         if depth is not None and schedule.depth != depth:
             raise ValueError(
                 f'schedule "{schedule}": has {_count(schedule.depth, "layer")}, '
@@ -160,7 +167,7 @@ def _text(depth: int, pools: tuple[int, ...], sharing: tuple[int, ...]) -> str:
     return "".join(POOL * (i in pools) + (SHARE if i in sharing else ATTEND) for i in range(depth))
 
 
-def _check(text: str) -> None:
+def _check(text: str, carried: bool) -> None:
     if not isinstance(text, str):
         raise TypeError(f'schedule: got {type(text).__name__}, expected a string as "AASA|ASSS"')
 
@@ -184,7 +191,7 @@ def _check(text: str) -> None:
             raise fail(f"has two pools after layer {layer}; expected a layer between them")
         if before == POOL and character == SHARE and layer == 1:
             raise fail("layer 1 shares, but none attends before it; start with A")
-        if before == POOL and character == SHARE:
+        if before == POOL and character == SHARE and not carried:
             raise fail(f"layer {layer} shares across a pool; start each stage with A")
 
 

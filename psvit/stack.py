@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from psvit_kernels import match_tokens
+from psvit_kernels import TokenGroups, match_tokens
 
 from .attention import MapSlot
 from .block import Block
 from .host import adopt
 from .layout import GridSource, Layout, size_bias
+from .pooling import GridPool
 from .schedule import Schedule
 from .token_map import IndexMap, Pool
 
@@ -128,7 +129,7 @@ class Stack(nn.Module):
     def _first(self, count: int) -> Stack:
         kept = [stage[: max(0, count - stage[0])] for stage in self.schedule.stages]
         text = "|".join("".join(self.schedule.kinds[i] for i in stage) for stage in kept if stage)
-        schedule = Schedule(text)
+        schedule = Schedule(text, self.schedule.carried)
         make = type(self)
         stack = make(
             self._host[0],  # type: ignore[index,arg-type]
@@ -200,18 +201,19 @@ class Flow:
     def open(self, record: Callable[[Tensor], object] | None) -> None:
         """A slot for each group whose map or keys somebody else wants."""
         merge, slimming = self.stack.merge, self.stack.slimming
-        #: By donor; and for layers after the first of a group that merges tokens, by layer.
+        #: By donor; and by layer, for those of a group that come after its tokens became fewer.
         self.slots: dict[int, MapSlot] = {}
         self.followers: dict[int, MapSlot] = {}
         for group in self.stack.groups:
+            first, stage = group[0], self.stack.stages[group[0]]
             merging = [
                 layer for layer in group if merge[layer] or (slimming and slimming.looks(layer))
             ]
-            last = merging[0] if merging else group[-1]
-            reuses = last - group[0]
-            if reuses or merging or record is not None:
-                followed = last < group[-1]
-                self.slots[group[0]] = MapSlot(record, reuses, bool(merging), followed)
+            here = [layer for layer in group if self.stack.stages[layer] == stage]
+            last = min(merging[0] if merging else here[-1], here[-1])
+            followed = last < group[-1]
+            if last > first or merging or followed or record is not None:
+                self.slots[first] = MapSlot(record, last - first, bool(merging), followed)
 
     def run(self, index: int, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """One block, after the pool that stands before it, if one does."""
@@ -222,8 +224,7 @@ class Flow:
         if self.layouts is None and stack.stages[-1]:
             self.layouts = stack.layouts(x.shape[1])
         if index and stage > stack.stages[index - 1]:
-            assert self.layouts is not None
-            x, _ = stack.pool(stage - 1).reduce(x, self.layouts[stage - 1])
+            x = self._pool(index, x)
         bias = self._bias(index, x, mask) if donor == index else None
         slot = self.followers.get(index) or self.slots.get(donor)
         if stack.slimming is not None:
@@ -241,6 +242,25 @@ class Flow:
             slot.map = slot.keys = slot.query = None
         return out
 
+    def _pool(self, index: int, x: Tensor) -> Tensor:
+        """The tokens that enter a block after a pool; the map that it shares follows them."""
+        assert self.layouts is not None
+        stack, stage = self.stack, self.stack.stages[index]
+        layout, pool = self.layouts[stage - 1], stack.pool(stage - 1)
+        if stack.donors[index] != index:
+            assert isinstance(pool, GridPool)
+            groups = pool.groups(layout, x.device)
+            self._follow(index - 1, groups, lambda keys: pool.reduce(keys, layout)[0])
+        return pool.reduce(x, layout)[0]
+
+    def _follow(self, index: int, groups: TokenGroups, mean: Callable[[Tensor], Tensor]) -> None:
+        """What blocks after one (``index``) of a group share, now that tokens became fewer."""
+        donor = self.stack.donors[index]
+        slot = self.followers.get(index) or self.slots[donor]
+        after = slot.followed_by(groups, mean)
+        later = range(index + 1, len(self.stack))
+        self.followers |= {i: after for i in later if self.stack.donors[i] == donor}
+
     def _merge(
         self, index: int, slot: MapSlot | None, x: Tensor, branch: Tensor, norm: nn.Module
     ) -> tuple[Tensor, Tensor]:
@@ -251,10 +271,8 @@ class Flow:
         assert isinstance(before.sizes, Tensor)
         pairs = IndexMap(match, before.sizes)
         tokens, normed, self.merged[index + 1] = pairs.add_and_reduce(x, branch, norm, before)
-        group = next(group for group in stack.groups if index in group)
-        if index < group[-1]:
-            after = slot.reduced(pairs, before)
-            self.followers |= {layer: after for layer in group if layer > index}
+        if index + 1 < len(stack) and stack.donors[index + 1] == stack.donors[index]:
+            self._follow(index, pairs.groups(), lambda keys: pairs.reduce(keys, before)[0])
         return tokens, normed
 
     def layout(self, index: int, x: Tensor) -> Layout:

@@ -196,7 +196,7 @@ def converted(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Sc
     from .. import adapters
     from ..accelerate import convert_quietly
     from ..planning.plan import Plan
-    from ..schedule import ATTEND, Schedule
+    from ..schedule import ATTEND
 
     if args.plan is not None:
         plan = Plan.load(args.plan)
@@ -209,7 +209,7 @@ def converted(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Sc
     text = args.schedule or ATTEND * len(adapters.find(model).layers)
     options = {"pool": args.pool, "dims": args.dims, "size_bias": args.size_bias}
     fast = convert_quietly(model, text, strip=args.strip, merge=args.merge or 0, **options)
-    return fast.eval(), Schedule.parse(text)
+    return fast.eval(), find_stack(fast).schedule
 
 
 def _draw_merges(fast: nn.Module, image: Path, preprocess: Preprocess, picture: Path) -> None:
