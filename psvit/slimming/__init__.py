@@ -4,10 +4,14 @@ from .convert import evit, evo_vit, sit
 from .query_pool import QueryPool, Recovery
 from .scores import class_attention
 from .selection import select_patches, slow_and_fast, updated_scores
+from .training import Recalibration, SecondHead, begin_epoch
 
 __all__ = [
     "QueryPool",
+    "Recalibration",
     "Recovery",
+    "SecondHead",
+    "begin_epoch",
     "class_attention",
     "evit",
     "evo_vit",

@@ -46,14 +46,17 @@ class EvoViT(Method):
 
     drops = False
 
+    #: Whether patches are selected anew in front of every layer from the first selection on.
+    layer_wise = False
+
     def looks(self, index: int) -> bool:
-        return self.layers[0] - 2 <= index < self.layers[-1] - 1
+        return self.layers[0] - 2 <= index and (self.layer_wise or index < self.layers[-1] - 1)
 
     def run(self, flow: Flow, index: int, x: Tensor, slot: MapSlot | None) -> Tensor:
         block = partial(flow.stack.block(index), slot=slot)
         scores, selected = flow.known.get(index, Known())
         patches = x.shape[1] - flow.stack.prefix
-        if index + 1 in self.layers and self._kept(patches) < patches:
+        if self._selects(index) and self._kept(patches) < patches:
             assert scores is not None
             check_scores(scores, index)
             selected = select_patches(scores, self._kept(patches), flow.stack.prefix)
@@ -70,6 +73,9 @@ class EvoViT(Method):
         first = self.layers[0] - 1
         works = [patches if i < first else slow for i in range(depth)]
         return [(work, work, patches) for work in works]
+
+    def _selects(self, index: int) -> bool:
+        return index + 1 in self.layers or (self.layer_wise and index + 1 > self.layers[0])
 
     def _kept(self, patches: int) -> int:
         return max(1, math.floor(self.keep * patches + 1e-9))  # 0.29 * 100 is a little below 29

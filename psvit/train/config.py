@@ -40,6 +40,8 @@ OPTIONS = {
     "weights": Option("file of weights to start from"),
     "init": Option("structured initialisation"),
     "init_args": Option("arguments of the initialisation, as {pos_scale: 18}"),
+    "slim": Option("method that slims the tokens of a model of timm"),
+    "slim_args": Option("arguments of that method, as {keep: 0.7} or {tokens: [98, 49, 24]}"),
     # Recipe
     "epochs": Option("passes over the training images", least=1),
     "batch": Option("images of one step, over all processes and accumulated parts", least=1),
@@ -63,6 +65,7 @@ OPTIONS = {
     "distill": Option("part of the loss that the teacher's scores make", least=0, most=1),
     "temperature": Option("of both models' scores in distillation", least=1e-3),
     "distill_features": Option("factor of the features' squared difference", least=0),
+    "distill_tokens": Option("of slim: sit, factor of the recovered patches' difference", least=0),
     # How it runs
     "seed": Option("of weights, order and augmentation", least=0),
     "device": Option("auto: cuda where there is one"),
@@ -99,6 +102,8 @@ class Config:
     weights: str | None = None
     init: Literal["default", "impulse", "mimetic"] = "default"
     init_args: dict[str, Any] = field(default_factory=dict)
+    slim: Literal["none", "evit", "evo_vit", "sit"] = "none"
+    slim_args: dict[str, Any] = field(default_factory=dict)
 
     # Recipe
     epochs: int = 300
@@ -124,6 +129,7 @@ class Config:
     distill: float = 0.5
     temperature: float = 1.0
     distill_features: float = 0.0
+    distill_tokens: float = 0.0
 
     # How it runs
     seed: int = 0
@@ -153,6 +159,13 @@ class Config:
             raise ValueError(
                 f"warmup_epochs: got {self.warmup_epochs}, expected fewer than the "
                 f"{self.epochs} epochs"
+            )
+        if self.slim == "none" and self.slim_args:
+            raise ValueError(f"slim_args: got {self.slim_args}, expected none with slim: none")
+        if self.distill_tokens and (self.slim != "sit" or self.teacher is None):
+            raise ValueError(
+                f"distill_tokens: got {self.distill_tokens}, expected 0 without slim: sit and a "
+                f"teacher"
             )
         if self.ema >= 1:
             raise ValueError(f"ema: got {self.ema}, expected a decay below 1")

@@ -139,6 +139,7 @@ class Trainer:
 
     def _epoch(self, events: Events) -> None:
         run, start, begin = self.run, time.perf_counter(), self.run.step
+        run.begin_epoch()
         if self.group.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._learn(events)

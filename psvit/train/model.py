@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import init
+from .. import init, slimming
 from ..outputs import kl_divergence
 from ..weights import fill, read_state
 from .config import Config
@@ -50,6 +51,7 @@ def make_model(config: Config, source: Source) -> nn.Module:
     _initialise(model, config)
     if config.weights is not None:
         fill(model, read_state(Path(config.weights)), Path(config.weights), config.model)
+    model = _slimmed(model, config)
     if config.checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     return model
@@ -64,6 +66,16 @@ def _initialise(model: nn.Module, config: Config) -> None:
     generator = torch.Generator().manual_seed(config.seed)
     options = {"model": model, "generator": generator, **config.init_args}
     _called("init_args", function, options)
+
+
+def _slimmed(model: nn.Module, config: Config) -> nn.Module:
+    """The model as the method says that ``config.slim`` names."""
+    if config.slim == "none":
+        return model
+    method = {"evit": slimming.evit, "evo_vit": slimming.evo_vit, "sit": slimming.sit}[config.slim]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it must be trained
+        return _called("slim_args", method, {"model": model, "inplace": True, **config.slim_args})
 
 
 def make_teacher(config: Config, source: Source) -> nn.Module | None:
@@ -132,6 +144,15 @@ class Learner(nn.Module):
         if teacher is not None and config.distill_features:
             widths = int(model.num_features), int(teacher.num_features)  # type: ignore[arg-type]
             self.projection = nn.Linear(*widths)
+        self.second_head = slimming.SecondHead(model) if config.slim == "evo_vit" else None
+        self.recalibration: slimming.Recalibration | None = None
+        if teacher is not None and config.distill_tokens:
+            self.recalibration = slimming.Recalibration(model, teacher)
+
+    def aids(self) -> list[nn.Parameter]:
+        """What is trained beside the model."""
+        own = {id(parameter) for parameter in self.model.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in own]
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
         """The loss, one number in float32; without targets the class scores `(B, classes)`.
@@ -140,19 +161,32 @@ class Learner(nn.Module):
             images: `(B, C, H, W)`.
             targets: class indices `(B,)`, or the part of each class `(B, classes)`.
 
-        Source: soft distillation as in DeiT, arXiv 2012.12877, equation 2.
+        Source: soft distillation as in DeiT, arXiv 2012.12877, equation 2; and see
+        ``psvit.slimming.SecondHead`` and ``Recalibration``.
         """
         if targets is None:
             return self.model(images)
         (teacher,) = self.teacher
-        smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0
         if teacher is None:
-            return _cross_entropy(self.model(images), targets, smoothing)
-        scores, features = _scores_and_features(self.model, images)
+            return self._loss(images, targets)
+        if self.recalibration is None:
+            return self._distilled_loss(images, targets, teacher)
+        with self.recalibration.watching() as tokens:
+            loss = self._distilled_loss(images, targets, teacher)
+        return loss + self.config.distill_tokens * self.recalibration(*tokens)
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        if self.second_head is None:
+            return self._cross_entropy(self.model(images), targets)
+        tokens, scores, _ = _outputs(self.model, images)
+        return self._hard_loss(tokens, scores, targets)
+
+    def _distilled_loss(self, images: Tensor, targets: Tensor, teacher: nn.Module) -> Tensor:
+        tokens, scores, features = _outputs(self.model, images)
         with torch.no_grad():
-            wanted, wanted_features = _scores_and_features(teacher, images)
+            _, wanted, wanted_features = _outputs(teacher, images)
         part = self.config.distill
-        loss = (1 - part) * _cross_entropy(scores, targets, smoothing)
+        loss = (1 - part) * self._hard_loss(tokens, scores, targets)
         temperature = self.config.temperature
         loss = loss + part * kl_divergence(scores.float(), wanted.float(), temperature)
         if self.config.distill_features:
@@ -161,12 +195,19 @@ class Learner(nn.Module):
             loss = loss + self.config.distill_features * difference
         return loss
 
+    def _hard_loss(self, tokens: Tensor, scores: Tensor, targets: Tensor) -> Tensor:
+        loss = self._cross_entropy(scores, targets)
+        if self.second_head is None:
+            return loss
+        return (loss + self._cross_entropy(self.second_head(tokens), targets)) / 2
 
-def _cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    return F.cross_entropy(scores.float(), targets, label_smoothing=smoothing)
+    def _cross_entropy(self, scores: Tensor, targets: Tensor) -> Tensor:
+        smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0
+        return F.cross_entropy(scores.float(), targets, label_smoothing=smoothing)
 
 
-def _scores_and_features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Class scores, and the one vector that the classifier makes them of."""
-    features = model.forward_head(model.forward_features(images), pre_logits=True)
-    return model.get_classifier()(features), features
+def _outputs(model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of the last layer, class scores, and the vector that the classifier makes them of."""
+    tokens = model.forward_features(images)
+    features = model.forward_head(tokens, pre_logits=True)
+    return tokens, model.get_classifier()(features), features

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from ..slimming import begin_epoch
 from .config import Config
 from .distributed import Group, shard
 from .model import Learner
@@ -59,9 +60,9 @@ class Run:
         self.optimizer = create_optimizer_v2(
             self.model, opt="adamw", lr=config.peak_lr, weight_decay=config.weight_decay
         )
-        projection = list(learner.projection.parameters())
-        if projection:
-            self.optimizer.add_param_group({"params": projection})
+        aids = learner.aids()
+        if aids:
+            self.optimizer.add_param_group({"params": aids})
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched="cosine",
@@ -112,6 +113,12 @@ class Run:
         if kind == "none":
             return nullcontext()
         return torch.autocast(self.group.device.type, dtype=getattr(torch, kind))
+
+    def begin_epoch(self) -> None:
+        """What methods of slimming do otherwise as the run goes on, they do for this epoch."""
+        models = [self.model] if self.ema is None else [self.model, self.ema.module]
+        for model in models:
+            begin_epoch(model, self.epoch, self.config.epochs)
 
     def update(self, images: Tensor, targets: Tensor) -> Tensor:
         """One step of the optimiser on this process's share of a batch; returns its mean loss."""
