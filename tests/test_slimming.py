@@ -30,7 +30,7 @@ def slimming(width, tokens=7, **options):
     pool = QueryPool(width, tokens, **options).double()
     with torch.no_grad():
         for parameter in pool.parameters():
-            parameter.normal_(std=1 / max(parameter.shape[-1:] or (1,)) ** 0.5)
+            parameter.normal_(std=1 / parameter.shape[-1] ** 0.5)  # none is a scalar, as FSDP asks
         pool.scale.fill_(3.0)
     return pool
 

@@ -45,7 +45,7 @@ class QueryPool(Pool):
         self.norm = nn.LayerNorm(width)
         self.keys = nn.Linear(width, width // 2)
         self.queries = nn.Parameter(torch.empty(tokens, width // 2))
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))  # FSDP shards no scalars
         for weight in (self.keys.weight, self.queries):
             nn.init.trunc_normal_(weight, std=0.02)
         nn.init.zeros_(self.keys.bias)
