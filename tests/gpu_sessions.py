@@ -47,6 +47,7 @@ TINY = (
     Case("pool-avg", (2, 5, 16), {"fused reference": ()}, ("eager",), "float32"),
     Case("pool-depthwise", (2, 5, 16), {"fused reference": ()}, ("eager",), "float32"),
     Case("merge", (2, 1, 33), {"fused reference": ()}, ("eager",), "float32"),
+    Case("follow", (2, 1, 33), {"fused reference": ()}, ("eager",), "float32"),
     Case(
         "apply",
         (1, 2, 5),

@@ -92,6 +92,8 @@ def test_bytes_and_flops_are_the_fewest_that_will_do():
     merge = Case("merge", (256, 6, 197), {"fused triton": ()}, ())
     moved = 256 * 384 * (2 * 197 + 197 - 13)
     assert rows.counts(merge, "fused triton") == (256 * 2 * 98 * 98 * 64, 2 * moved)
+    follow = Case("follow", (64, 6, 197), {"fused triton": ()}, ())
+    assert rows.counts(follow, "fused triton") == (0, 2 * 64 * 6 * (197**2 + 184**2))
 
 
 def test_select():

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from . import gate
 from .clock import Call
 from .providers import serving
-from .rows import split
+from .rows import HEAD_DIM, split
 
 #: Of PyTorch's fused attention, by the last part of a baseline's name.
 BACKENDS = {
@@ -23,6 +24,16 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def fused_qkv(b: int, h: int, n: int, dtype: torch.dtype, device: str) -> QKV:
+    """Views of one (B, N, 3, H, d) projection."""
+    fused = torch.randn(b, n, 3, h, HEAD_DIM, dtype=dtype, device=device)
+    q, k, v = fused.permute(2, 0, 3, 1, 4)
+    return q, k, v
 
 
 @dataclass

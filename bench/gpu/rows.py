@@ -57,11 +57,11 @@ class Case:
     """One set of inputs.
 
     Args:
-        kind: "apply", "attention", "group", "sharing" and "merge", shape (B, H, N); a kind of
-            "pool-", shape (B, side, C): a square grid and one prefix token; or a network of timm
-            after "model-", shape (B, side, side): images.
-        rows: bars by row: the form of the map ("fused" for pools, for merging and for a sharing
-            layer as one kernel; for networks the schedule), a space, and the provider.
+        kind: "apply", "attention", "group", "sharing", "merge" and "follow", shape (B, H, N); a
+            kind of "pool-", shape (B, side, C): a square grid and one prefix token; or a network
+            of timm after "model-", shape (B, side, side): images.
+        rows: bars by row: the form of the map ("fused" for pools, merging, following and for a
+            sharing layer as one kernel; for networks the schedule), a space, and the provider.
         baselines: names; a family and, after a "/", which of it.
         launches: whether to count what is launched on the device.
     """
@@ -156,6 +156,12 @@ def _merge(heads: int) -> Case:
     return Case("merge", (256, heads, 197), {f"fused {TRITON}": bars}, POOL)
 
 
+def _follow(heads: int) -> Case:
+    """The map of tokens that were merged: read once and written once."""
+    bars = (Bar("copy", 0.7), Bar("speed-up", 3.0, "eager"))
+    return Case("follow", (64, heads, 197), {f"fused {TRITON}": bars}, POOL)
+
+
 def _single(kind: str, baselines: tuple[str, ...]) -> Case:
     """Batch 1: what it takes to launch is what it takes."""
     bars = (Bar("launches", 1.0),)
@@ -184,6 +190,7 @@ OPERATIONS: tuple[Case, ...] = (
     _group(197),
     _pool("max"),
     _merge(6),
+    _follow(6),
     _apply(577, 1.4, 2.1),
     _apply(1025, 1.15, 1.7, factored=FACTORED),
     _group(577),
@@ -254,6 +261,8 @@ def counts(case: Case, row: str, itemsize: int = 2) -> tuple[float, float]:
     if case.kind == "merge":  # keys, tokens and what is left of them
         merged = core // n * (n - PAIRS)
         return 2.0 * b * (n // 2) ** 2 * HEAD_DIM, float(itemsize * (2 * core + merged))
+    if case.kind == "follow":
+        return 0.0, float(itemsize * b * h * (n**2 + (n - PAIRS) ** 2))
     if case.kind == "group":
         # Q K^T, dQ and dK once; P V, P^T dO and dO V^T in each layer. Inputs: q, k and three v;
         # their gradients; outputs and the gradients of those.

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from psvit.bench.merging import plain_merge
 from psvit_kernels import (
     AttentionMap,
     DenseMap,
@@ -26,17 +25,15 @@ from psvit_kernels import (
     apply_attention,
     attention,
     explain,
-    match_tokens,
-    merge_tokens,
     token_pool,
     use,
 )
 
-from . import gate, layer, network
+from . import gate, layer, merging, network
 from .clock import Call
-from .contender import BACKENDS, Contender, Subject, Work, compiled
+from .contender import BACKENDS, QKV, Contender, Subject, Work, compiled, fused_qkv
 from .gate import Oracle
-from .rows import HEAD_DIM, PAIRS, Case, split
+from .rows import Case, split
 
 #: Layers that share in a group.
 SHARING = 2
@@ -53,25 +50,15 @@ def build(case: Case, sets: int, device: str) -> Work:
     if kind == "sharing":
         return layer.build(case, sets, device)
     b, h, n = case.shape
-    if kind == "merge":
-        return _merge_work(case, dtype, sets, device)
-    qkv = [_fused_qkv(b, h, n, dtype, device) for _ in range(sets)]
+    if kind in ("merge", "follow"):
+        return merging.build(case, sets, device)
+    qkv = [fused_qkv(b, h, n, dtype, device) for _ in range(sets)]
     make = {"apply": _apply_work, "attention": _attention_work, "group": _group_work}[kind]
     return make(case, qkv)
 
 
 def _forms(case: Case) -> dict[str, None]:
     return dict.fromkeys(split(row)[0] for row in case.rows)
-
-
-QKV = tuple[Tensor, Tensor, Tensor]
-
-
-def _fused_qkv(b: int, h: int, n: int, dtype: torch.dtype, device: str) -> QKV:
-    """Views of one (B, N, 3, H, d) projection."""
-    fused = torch.randn(b, n, 3, h, HEAD_DIM, dtype=dtype, device=device)
-    q, k, v = fused.permute(2, 0, 3, 1, 4)
-    return q, k, v
 
 
 # --- what people write ----------------------------------------------------------------------
@@ -386,49 +373,6 @@ def _pool_work(case: Case, pooling: str, dtype: torch.dtype, sets: int, device: 
     def baseline(name: str) -> Contender:
         function = functions[name]()
         return Contender([partial(function, x) for x in inputs])
-
-    baselines = {name: partial(baseline, name) for name in case.baselines}
-    return Work({"fused": lambda: Subject(calls, check=check)}, baselines)
-
-
-# --- merging --------------------------------------------------------------------------------
-
-
-def _merge_work(case: Case, dtype: torch.dtype, sets: int, device: str) -> Work:
-    """Tokens are held against the means of those that psvit itself found to be alike: a score that
-    differs by a rounding may be another pair."""
-    cases = gate.of_tests("merge_cases")
-    b, h, n = case.shape
-
-    def made() -> tuple[Tensor, Tensor, Tensor]:
-        x = torch.randn(b, n, h * HEAD_DIM, dtype=dtype, device=device)
-        sizes = torch.randint(1, 4, (b, n), device=device).float()
-        return x, _fused_qkv(b, h, n, dtype, device)[1], sizes
-
-    inputs = [made() for _ in range(sets)]
-
-    def psvit(x: Tensor, keys: Tensor, sizes: Tensor) -> Tensor:
-        return merge_tokens(x, match_tokens(keys, PAIRS, prefix=1), sizes).tokens
-
-    def eager(x: Tensor, keys: Tensor, sizes: Tensor) -> Tensor:
-        return plain_merge(x, keys, sizes.to(x.dtype), PAIRS)[0]
-
-    def oracle(part: slice) -> Oracle:
-        x, keys, sizes = (t[part] for t in inputs[0])
-        match = match_tokens(keys, PAIRS, prefix=1)
-        with use("reference"):
-            exact = merge_tokens(x.double(), match, sizes.double()).tokens
-        rounded = cases.eager_merge(x, match, sizes)[0]
-        magnitude = cases.eager_merge(x.double().abs(), match, sizes.double())[0]
-        return Oracle({"tokens": exact}, {"tokens": rounded}, {"tokens": magnitude})
-
-    calls = [partial(psvit, *each) for each in inputs]
-    check = partial(gate.check, lambda: {"tokens": calls[0]()}, oracle, max(1, min(b, 32)))
-    functions = {"eager": lambda: eager, "compile": lambda: compiled(eager)}
-
-    def baseline(name: str) -> Contender:
-        function = functions[name]()
-        return Contender([partial(function, *each) for each in inputs])
 
     baselines = {name: partial(baseline, name) for name in case.baselines}
     return Work({"fused": lambda: Subject(calls, check=check)}, baselines)
