@@ -215,7 +215,7 @@ def test_no_case_starts_when_the_time_is_over(store):
         assert record["status"] == "not measured" and record["reason"] == "the time was over"
     assert states(store) == {"not measured"}
     assert not report.failed(stored(store))
-    assert "12 not measured" in shown(stored(store), TINY)
+    assert "13 not measured" in shown(stored(store), TINY)
 
 
 # --- a device that is lost, a process that ends ------------------------------------------------
