@@ -1,6 +1,9 @@
 // Merging of tokens: which join which, image by image, and their weighted means.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <functional>
+#include <numeric>
 #include <vector>
 
 #include "../parallel.h"
@@ -21,57 +24,131 @@ struct Side {
           count(first < a.tokens ? (a.tokens - first + 1) / 2 : 0) {}
 };
 
-// Scratch memory for one image.
-struct MatchScratch {
-    int64_t ldd, ldo;  // channels and odd tokens, in whole vectors
-    float *rows, *odd, *scores;
+constexpr int64_t ODD_ROWS = 4 * TILE_ROWS;  // compared at a time: they stay in the first cache
+constexpr int HEAD_VECS = 4;                 // of a head, summed in registers
 
-    MatchScratch(const MatchArgs& a, Arena& arena)
-        : ldd(round_up(a.depth, W)), ldo(round_up(Side(a, 1).count, W)) {
-        rows = arena.take((a.tokens - a.prefix) * ldd);
-        odd = arena.take(a.depth * ldo);  // transposed
-        scores = arena.take(Side(a, 0).count * ldo);
+// Where images are fewer than threads, each is cut into runs of even tokens.
+struct EvenSplit {
+    int64_t vecs, parts;
+
+    explicit EvenSplit(const MatchArgs& a)
+        : vecs(round_up(Side(a, 0).count, W) / W),
+          parts(smaller(vecs, (a.threads + a.batch - 1) / a.batch)) {}
+    int64_t first(int64_t part) const { return vecs * part / parts * W; }
+    int64_t most() const { return (vecs + parts - 1) / parts * W; }
+};
+
+// Even tokens are columns of the scores: each has a lane of its own, so that its best partner is
+// found without a look across lanes.
+struct MatchScratch {
+    int64_t ldd;  // channels, in whole vectors
+    float *rows, *even, *scores, *best, *partners;
+
+    MatchScratch(const MatchArgs& a, int64_t evens, Arena& arena) : ldd(round_up(a.depth, W)) {
+        rows = arena.take((evens < ODD_ROWS ? ODD_ROWS : evens) * ldd);
+        even = arena.take(a.depth * evens);  // transposed
+        scores = arena.take(ODD_ROWS * evens);
+        best = arena.take(evens);
+        partners = arena.take(evens);  // odd tokens, counted from 0: exact in a float up to 2^24
     }
 };
+
+// The mean over the heads of VECS vectors of a token's metric, and the squares of it.
+template <int VECS, typename T>
+PSVIT_INLINE vf mean_of_heads(const MatchArgs& a, const T* metric, int64_t left, float* mean) {
+    vf sums[VECS] = {};
+    for (int64_t h = 0; h < a.heads; h++)
+        for (int v = 0; v < VECS; v++) {
+            const T* at = metric + h * a.metric.head + v * W;
+            __builtin_prefetch(at + 4 * a.metric.row);  // in a fused projection rows lie far apart
+            sums[v] += load_upto(at, left - v * W);
+        }
+    vf squares = {};
+    for (int v = 0; v < VECS; v++) {
+        sums[v] *= 1.0f / float(a.heads);
+        squares += sums[v] * sums[v];
+        store(mean + v * W, sums[v]);
+    }
+    return squares;
+}
 
 // The mean over the heads of one token's metric, its length made 1.
 template <typename T>
 void unit_row(const MatchArgs& a, int64_t b, int64_t n, float* row) {
-    const float part = 1.0f / float(a.heads);
+    const T* metric = head<T>(a.metric, b, 0) + n * a.metric.row;
     vf squares = {};
-    for (int64_t c = 0; c < a.depth; c += W) {
-        vf sum = {};
-        for (int64_t h = 0; h < a.heads; h++)
-            sum += load_upto(head<T>(a.metric, b, h) + n * a.metric.row + c, a.depth - c);
-        sum *= part;
-        squares += sum * sum;
-        store(row + c, sum);
-    }
+    int64_t c = 0;
+    for (; c + HEAD_VECS * W <= a.depth; c += HEAD_VECS * W)
+        squares += mean_of_heads<HEAD_VECS>(a, metric + c, HEAD_VECS * W, row + c);
+    for (; c < a.depth; c += W) squares += mean_of_heads<1>(a, metric + c, a.depth - c, row + c);
     const float length = sqrtf(sum_lanes(squares));
     const float scale = 1.0f / (length < 1e-12f ? 1e-12f : length);
-    for (int64_t c = 0; c < a.depth; c += W) store(row + c, load(row + c) * scale);
+    for (c = 0; c < a.depth; c += W) store(row + c, load(row + c) * scale);
 }
 
-struct Best {
-    float score;
-    int64_t partner;
-};
-
-// The first of the highest scores; a NaN is below all others.
-Best best_of(const float* scores, int64_t count) {
-    vf top = splat(-INFINITY);
-    vi at = {};
-    for (int64_t c = 0; c < count; c += W) {
-        vi column = lane_numbers() + int32_t(c);
-        vf x = load(scores + c);
-        vi wins = (x > top) & (column < int32_t(count));
-        top = wins ? x : top;
-        at = wins ? column : at;
+// `rows` odd tokens more, from number `first` on: the first of the highest scores is kept; a NaN is
+// below all others.
+void keep_best(const MatchScratch& s, int64_t evens, int64_t first, int64_t rows) {
+    for (int64_t c = 0; c < evens; c += W) {
+        vf best = load(s.best + c), partner = load(s.partners + c);
+        for (int64_t r = 0; r < rows; r++) {
+            const vf x = load(s.scores + r * evens + c);
+            partner = x > best ? splat(float(first + r)) : partner;
+            best = x > best ? x : best;
+        }
+        store(s.best + c, best);
+        store(s.partners + c, partner);
     }
-    Best best = {max_lanes(top), count};
-    for (int i = 0; i < W; i++)
-        if (top[i] == best.score && at[i] < best.partner) best.partner = at[i];
-    return best;
+}
+
+// The best partners of even tokens `begin` to `end`, in `into`, and their scores.
+template <typename T>
+void best_partners(const MatchArgs& a, int64_t b, int64_t begin, int64_t end, int64_t* into,
+                   float* scores, const MatchScratch& s) {
+    const Side even(a, 0), odd(a, 1);
+    const int64_t evens = round_up(end - begin, W);
+    for (int64_t i = begin; i < end; i++)
+        unit_row<T>(a, b, even.first + 2 * i, s.rows + (i - begin) * s.ldd);
+    pack_transposed(s.rows, s.ldd, end - begin, a.depth, s.even, evens);
+    std::fill(s.best, s.best + evens, -INFINITY);
+    std::fill(s.partners, s.partners + evens, 0.0f);
+    for (int64_t first = 0; first < odd.count; first += ODD_ROWS) {
+        const int64_t rows = smaller(ODD_ROWS, odd.count - first);
+        for (int64_t r = 0; r < rows; r++)
+            unit_row<T>(a, b, odd.first + 2 * (first + r), s.rows + r * s.ldd);
+        gemm(rows, evens, a.depth, {s.rows, s.ldd, 1}, s.even, evens, s.scores, evens, false);
+        keep_best(s, evens, first, rows);
+    }
+    for (int64_t i = begin; i < end; i++) {
+        scores[i] = s.best[i - begin];
+        into[even.first + 2 * i] = int64_t(s.partners[i - begin]);
+    }
+}
+
+// Greater for a higher score, and of equal ones for a lower position.
+uint64_t rank_of(float score, int64_t position) {
+    const float x = score + 0.0f;  // never -0
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return uint64_t(bits) << 32 | ~uint32_t(position);
+}
+
+// into, from the best partners in it.
+void join_best(const MatchArgs& a, int64_t* into, const float* scores) {
+    const Side even(a, 0), odd(a, 1);
+    std::vector<uint64_t> ranks(static_cast<size_t>(even.count));
+    for (int64_t i = 0; i < even.count; i++) ranks[size_t(i)] = rank_of(scores[i], i);
+    auto last = ranks.begin() + a.pairs - 1;  // that joins
+    std::nth_element(ranks.begin(), last, ranks.end(), std::greater<uint64_t>());
+    const int64_t odds = a.prefix + even.count - a.pairs;
+    int64_t next = a.prefix;
+    for (int64_t n = 0; n < a.prefix; n++) into[n] = n;
+    for (int64_t i = 0; i < even.count; i++) {
+        int64_t& place = into[even.first + 2 * i];
+        place = rank_of(scores[i], i) >= *last ? odds + place : next++;
+    }
+    for (int64_t i = 0; i < odd.count; i++) into[odd.first + 2 * i] = odds + i;
 }
 
 // order and starts from into.
@@ -80,65 +157,42 @@ void write_tables(const int64_t* into, int64_t tokens, int64_t outputs, int64_t*
     std::fill(starts, starts + outputs + 1, 0);
     for (int64_t n = 0; n < tokens; n++) starts[into[n] + 1]++;
     for (int64_t m = 0; m < outputs; m++) starts[m + 1] += starts[m];
-    std::vector<int64_t> next(starts, starts + outputs);
-    for (int64_t n = 0; n < tokens; n++) order[next[size_t(into[n])]++] = n;
+    for (int64_t n = 0; n < tokens; n++) order[starts[into[n]]++] = n;  // now they are ends
+    std::copy_backward(starts, starts + outputs, starts + outputs + 1);
+    starts[0] = 0;
 }
 
-template <typename T>
-std::vector<Best> best_pairs(const MatchArgs& a, int64_t b, float* memory) {
-    Arena arena(memory);
-    const MatchScratch s(a, arena);
-    const Side even(a, 0), odd(a, 1);
-    for (int64_t n = a.prefix; n < a.tokens; n++)
-        unit_row<T>(a, b, n, s.rows + (n - a.prefix) * s.ldd);
-    const float* first_even = s.rows + (even.first - a.prefix) * s.ldd;
-    const float* first_odd = s.rows + (odd.first - a.prefix) * s.ldd;
-    pack_transposed(first_odd, 2 * s.ldd, odd.count, a.depth, s.odd, s.ldo);
-    gemm(even.count, s.ldo, a.depth, {first_even, 2 * s.ldd, 1}, s.odd, s.ldo, s.scores, s.ldo,
-         false);
-    std::vector<Best> best(size_t(even.count));
-    for (int64_t i = 0; i < even.count; i++)
-        best[size_t(i)] = best_of(s.scores + i * s.ldo, odd.count);
-    return best;
-}
-
-// Of each pair whether it is among the best: of equal scores the first.
-std::vector<char> joined(const std::vector<Best>& best, int64_t pairs) {
-    std::vector<size_t> ranked(best.size());
-    for (size_t i = 0; i < ranked.size(); i++) ranked[i] = i;
-    std::nth_element(ranked.begin(), ranked.begin() + pairs, ranked.end(),
-                     [&](size_t i, size_t j) {
-                         const float x = best[i].score, y = best[j].score;
-                         return x > y || (x == y && i < j);
-                     });
-    std::vector<char> joins(best.size(), 0);
-    for (int64_t i = 0; i < pairs; i++) joins[ranked[size_t(i)]] = 1;
-    return joins;
-}
-
-template <typename T>
-void match_image(const MatchArgs& a, int64_t b, float* memory) {
-    const Side even(a, 0), odd(a, 1);
-    const int64_t outputs = a.tokens - a.pairs, odds = a.prefix + even.count - a.pairs;
+void finish_image(const MatchArgs& a, int64_t b, const float* scores) {
     int64_t* into = a.into + b * a.tokens;
-    for (int64_t n = 0; n < a.tokens; n++) into[n] = n;
-    if (a.pairs) {
-        const std::vector<Best> best = best_pairs<T>(a, b, memory);
-        const std::vector<char> joins = joined(best, a.pairs);
-        int64_t next = a.prefix;
-        for (int64_t i = 0; i < even.count; i++)
-            into[even.first + 2 * i] = joins[size_t(i)] ? odds + best[size_t(i)].partner : next++;
-        for (int64_t i = 0; i < odd.count; i++) into[odd.first + 2 * i] = odds + i;
-    }
+    if (a.pairs)
+        join_best(a, into, scores);
+    else
+        std::iota(into, into + a.tokens, 0);
+    const int64_t outputs = a.tokens - a.pairs;
     write_tables(into, a.tokens, outputs, a.order + b * a.tokens, a.starts + b * (outputs + 1));
 }
 
 template <typename T>
 void match(const MatchArgs& a) {
+    if (a.batch * a.pairs == 0) {
+        for (int64_t b = 0; b < a.batch; b++) finish_image(a, b, nullptr);
+        return;
+    }
+    const int64_t evens = Side(a, 0).count;
+    const EvenSplit split(a);
     Arena counter(nullptr);
-    MatchScratch(a, counter);
-    parallel_tasks(a.batch, a.threads, a.pairs ? counter.used : 0,
-                   [&](int64_t b, float* memory) { match_image<T>(a, b, memory); });
+    MatchScratch(a, split.most(), counter);
+    std::vector<float> scores(size_t(a.batch * evens));
+    std::vector<std::atomic<int64_t>> done(size_t(a.batch));
+    const auto match_part = [&](int64_t task, float* memory) {
+        const int64_t b = task / split.parts, part = task % split.parts;
+        const int64_t begin = split.first(part), end = smaller(split.first(part + 1), evens);
+        Arena arena(memory);
+        best_partners<T>(a, b, begin, end, a.into + b * a.tokens, scores.data() + b * evens,
+                         MatchScratch(a, split.most(), arena));
+        if (++done[size_t(b)] == split.parts) finish_image(a, b, scores.data() + b * evens);
+    };
+    parallel_tasks(a.batch * split.parts, a.threads, counter.used, match_part);
 }
 
 // --- merging ---------------------------------------------------------------------------------
@@ -162,23 +216,34 @@ struct Parts {
     float weight(int64_t i) const { return weights ? weights[order[i]] : 1.0f; }
 };
 
+// The weighted mean in `row`.
+template <typename T>
+void mean_of_parts(const MergeArgs& a, int64_t b, const Parts& parts, float* row) {
+    if (parts.count == 0) std::fill(row, row + round_up(a.channels, W), 0.0f);
+    for (int64_t i = 0; i < parts.count; i++) {
+        const T* x = token<T>(a.x, b, parts.order[i]);
+        const T* residual = a.residual.data ? token<T>(a.residual, b, parts.order[i]) : nullptr;
+        const float share = parts.weight(i) / parts.size;
+        for (int64_t c = 0; c < a.channels; c += W) {
+            const int64_t left = a.channels - c;
+            vf part = load_upto(x + c, left);
+            if (residual) part += load_upto(residual + c, left);
+            store(row + c, i ? load(row + c) + part * share : part * share);
+        }
+    }
+}
+
 template <typename T>
 void merge_token(const MergeArgs& a, int64_t b, int64_t m, float* row) {
     const Parts parts(a, b, m);
     a.sizes[b * a.outputs + m] = parts.size;
     T* out = token<T>(a.out, b, m);
-    for (int64_t c = 0; c < a.channels; c += W) {
-        const int64_t left = a.channels - c;
-        vf sum = {};
-        for (int64_t i = 0; i < parts.count; i++) {
-            vf x = load_upto(token<T>(a.x, b, parts.order[i]) + c, left);
-            if (a.residual.data)
-                x += load_upto(token<T>(a.residual, b, parts.order[i]) + c, left);
-            sum += x * (parts.weight(i) / parts.size);
-        }
-        store_upto(out + c, sum, left);
-        if (a.normed.data) store(row + c, sum);
+    if (parts.count == 1 && !a.residual.data && !a.normed.data) {
+        memcpy(out, token<T>(a.x, b, parts.order[0]), size_t(a.channels) * sizeof(T));
+        return;
     }
+    mean_of_parts<T>(a, b, parts, row);
+    for (int64_t c = 0; c < a.channels; c += W) store_upto(out + c, load(row + c), a.channels - c);
     if (a.normed.data)
         layer_norm(row, a.channels, a.norm_weight, a.norm_bias, a.norm_eps,
                    token<T>(a.normed, b, m));

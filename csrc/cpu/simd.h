@@ -77,8 +77,7 @@ PSVIT_INLINE vf load(const bf16* p) {
 PSVIT_INLINE vh round_to_bf16(vf x) {
     vu u = (vu)x;
     vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    vu is_nan = (vu)(x != x);
-    return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), vh);
+    return __builtin_convertvector(x != x ? vu{} + 0x7fc0u : rounded, vh);
 }
 
 PSVIT_INLINE void store(float* p, vf x) { *(vf_unaligned*)p = x; }
