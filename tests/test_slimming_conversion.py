@@ -10,6 +10,7 @@ from functools import partial
 import hosts
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import psvit
@@ -197,8 +198,11 @@ def test_it_compiles_whole_and_exports(slim):
     fast, x = slim(hosts.timm_vit()), hosts.images()
     want = fast(x)
     torch._dynamo.reset()
-    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    counter, y = CompileCounter(), hosts.images()
+    compiled = torch.compile(fast, fullgraph=True, backend=counter)
     torch.testing.assert_close(compiled(x), want, rtol=0, atol=2e-5)
+    torch.testing.assert_close(compiled(y), fast(y), rtol=0, atol=2e-5)
+    assert counter.frame_count == 1
     with torch.no_grad():
         program = torch.export.export(fast, (x,)).module()
     torch.testing.assert_close(program(x), want, rtol=0, atol=2e-5)
@@ -212,6 +216,17 @@ def test_it_trains_and_checkpointing_changes_nothing(slim):
     want, got = hosts.gradients(plain, x), hosts.gradients(again, x)
     assert want.keys() == dict(plain.named_parameters()).keys()
     hosts.assert_same_gradients(got, want, rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_lower_precision_gives_nearly_the_same(slim):
+    fast, x = slim(hosts.timm_vit()), hosts.images()
+    want = fast(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        automatic = fast(x)
+    for found in (automatic, fast.bfloat16()(x.bfloat16())):
+        assert found.dtype == torch.bfloat16
+        assert (found - want).abs().max() < 0.1 * want.abs().max()
 
 
 @every_method
@@ -331,6 +346,13 @@ def test_masks_are_refused(name):
     step = find_stack(METHODS[name](hosts.timm_vit())).steps()[0]
     with pytest.raises(ValueError, match=r"^attn_mask: got a mask for a model that merges tokens"):
         step(torch.randn(2, 65, 24), torch.zeros(1, 1, 65, 65))
+
+
+def test_nothing_is_said_of_positions_after_slimming():
+    model = sit(hosts.timm_vit(), (9,), (3,))
+    with pytest.warns(UserWarning, match=r"."):  # of heads too few for the filter
+        report = psvit.init.impulse_init_(model)
+    assert str(report).count("after a pool by content") >= 1
 
 
 def test_sit_says_that_it_must_be_trained():

@@ -65,6 +65,7 @@ def evo_vit(
     the layers before) are selected: they, and one token that stands for the others, go through
     the layers until the next selection. The others change as the one that stands for them, so
     that each patch has its token to the end. No parameters are added. ``psvit.restore`` undoes it.
+    The paper's models average the patches at the end (timm's ``global_pool="avg"``).
 
     Args:
         model: as for ``evit``; one that needs every patch will do.
