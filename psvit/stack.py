@@ -291,7 +291,7 @@ class Flow:
     def _bias(self, index: int, x: Tensor, mask: Tensor | None) -> Tensor | None:
         stage = self.stack.stages[index]
         layout = self.merged.get(index) or (self.layouts and self.layouts[stage])
-        sizes = size_bias(layout, x) if layout else None
+        sizes = size_bias(layout, x) if layout and self.stack.slimming is None else None
         if mask is not None and (any(self.stack.merge) or self.stack.slimming is not None):
             raise ValueError(
                 "attn_mask: got a mask for a model that merges tokens, expected None; a mask "

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from psvit_kernels import TokenMatch
+
 from ..attention import MapSlot
-from ..layout import Layout
 from .method import Method
 from .scores import check_scores
 from .selection import select_patches
@@ -65,12 +66,16 @@ class EViT(Method):
         check_scores(scores, index)
         fused = select_patches(scores, self._kept(x.shape[1] - prefix), prefix)
         tokens, normed, after = fused.add_and_reduce(x, branch, norm, before)
-        flow.merged[index + 1] = after._replace(sizes=_sizes(before, fused.match.into, tokens))
+        flow.merged[index + 1] = after._replace(sizes=_sizes(before.counted(x), fused.match))
         return tokens, normed
 
 
-def _sizes(before: Layout, into: Tensor, tokens: Tensor) -> Tensor:
-    """How many input tokens each one stands for, which the weights don't tell."""
-    counted = before.counted(tokens)
-    sums = torch.zeros(tokens.shape[:2], dtype=counted.dtype, device=counted.device)
-    return sums.scatter_add(1, into, counted)
+def _sizes(before: Tensor, match: TokenMatch) -> Tensor:
+    """How many input tokens each one stands for, which the weights don't tell: the last is fused.
+
+    Args:
+        before: the same of the tokens that were matched, `(B, N)`.
+        match: of those, to M.
+    """
+    kept = before.gather(1, match.order[:, : match.tokens - 1])
+    return torch.cat([kept, before.sum(1, keepdim=True) - kept.sum(1, keepdim=True)], dim=1)
