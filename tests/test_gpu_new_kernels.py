@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from forced_providers import CUDA_DEVICE
+from forced_providers import CUDA_DEVICE, skip_unless_available
 from gpu_sessions import RATES, Ended, HostClock, Lost, run, spoilt, states, stored
 
 from bench.gpu import (
@@ -23,7 +23,8 @@ from bench.gpu import (
     trial,
 )
 from bench.gpu.rows import Bar, Case
-from psvit_kernels import cuda, registry
+from psvit import Schedule
+from psvit_kernels import cpu, cuda, registry
 
 
 def both_families(*forms: str, bars: tuple[Bar, ...] = ()) -> rows.Rows:
@@ -200,6 +201,40 @@ def test_a_network_beside_the_unconverted_one(store, kernels, small_network):
     assert line.share_of_copy is None and report.fields(line)
 
 
+def test_a_network_that_merges_beside_the_unconverted_one_and_plain_pytorch(
+    store, kernels, small_network
+):
+    """In float32, where no two scores are a rounding apart: else another pair is as right."""
+    row, baselines = {"merge=3 reference": rows._of_flops(0.9)}, ("unconverted/math", "plain/3")
+    case = Case("merging-vit_tiny_patch16_224", (2, 64, 64), row, baselines, "float32")
+    run(store, [case])
+    (line,) = report.lines(stored(store) | {"rates": RATES}, [case])
+    assert line.measured, line.row
+    host = network._host("vit_tiny_patch16_224", 64)
+    fewer = Schedule("AAAA").flops(host, merge=3)
+    assert line.row["flops"] == 2 * fewer
+    assert line.row["flops_ratio"] == pytest.approx(Schedule("AAAA").flops(host) / fewer)
+    speedups = {name: line.speedup(name)["median"] for name in baselines}
+    assert speedups["plain/3"] > 0 and line.rival == "unconverted/math"
+    values = [verdict.value for verdict in line.verdicts]
+    assert values == [pytest.approx(speedups["unconverted/math"] / line.row["flops_ratio"])] * 2
+
+
+def test_a_network_that_merges_wrongly_has_no_speed(store, kernels, small_network, monkeypatch):
+    """What merges is spoilt for the row alone, not for its oracle."""
+    skip_unless_available("cpu")
+    case = Case("merging-vit_tiny_patch16_224", (2, 64, 64), {"merge=3 cpu": ()}, ("plain/3",))
+
+    def spoil(*inputs):
+        tokens, *rest = real(*inputs)
+        return tokens * 1.5, *rest
+
+    real = cpu.merge_tokens
+    monkeypatch.setattr(cpu, "merge_tokens", spoil)
+    run(store, [case])
+    assert states(store) == {"FAILED correctness"}, stored(store)["cases"]
+
+
 def test_a_network_with_a_call_that_its_provider_refuses_says_so(store, kernels, small_network):
     wide = network_case("cuda/sm_90a", "reference")
     wide = Case(wide.kind, (1, 288, 288), wide.rows, wide.baselines)  # 325 tokens
@@ -228,7 +263,7 @@ def test_the_pinned_backend_is_compiled_into_the_unconverted_network(small_netwo
     host = network._host("vit_tiny_patch16_224", 32)
     with torch.no_grad():
         for name in ("unconverted/math", "unconverted/flash"):
-            network._pinned(host, name)(torch.randn(1, 3, 32, 32))
+            network._baseline(host, name)(torch.randn(1, 3, 32, 32))
     math_graph, flash_graph = graphs
     assert any("flash_attention" in target for target in flash_graph)
     assert not any("flash_attention" in target for target in math_graph)

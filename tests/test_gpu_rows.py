@@ -77,6 +77,21 @@ def test_every_row_of_the_cuda_kernels_is_there():
             assert title.replace("cuda/sm_90a", "triton") in bars
 
 
+def test_every_network_that_merges_is_there():
+    bars = reach()
+    for name, pairs in (("deit_small", 13), ("vit_base", 13), ("vit_large", 8)):
+        for batch in (1, 32, 256):
+            title = f"merging-{name}_patch16_224/{batch}x224x224 merge={pairs} triton"
+            assert bars.pop(title) == [
+                "0.9x the FLOPs of unconverted", "moonshot: 1x the FLOPs of unconverted"
+            ]  # fmt: skip
+    assert not [title for title in bars if title.startswith("merging")]
+    for case in rows.MERGING:
+        (row,) = case.rows
+        pairs = row.split()[0].removeprefix("merge=")
+        assert case.baselines == (*rows.UNCONVERTED, f"plain/{pairs}")
+
+
 def test_bytes_and_flops_are_the_fewest_that_will_do():
     n, heads = 197, 64 * 12
     case = rows.CASES[0]
@@ -100,7 +115,10 @@ def test_select():
     assert [case.name for case in rows.select("group")] == ["group/64x12x197", "group/64x12x577"]
     assert rows.select(None) == list(rows.CASES)
     assert [case.name for case in rows.select("pool-m*")] == ["pool-max/256x14x768"]
-    with pytest.raises(ValueError, match='--cases: got "nothing"'):
+    assert rows.select("merging") == list(rows.MERGING)
+    groups = [rows.select(name) for name in ("operations", "networks", "merging")]
+    assert [case for group in groups for case in group] == list(rows.CASES)
+    with pytest.raises(ValueError, match=r'--cases: got "nothing", .* groups are operations, net'):
         rows.select("nothing")
 
 
@@ -153,7 +171,7 @@ def test_bars():
 def test_markdown_without_results_holds_no_figure():
     tables = [table.splitlines() for table in report.markdown(None).split("\n\n")]
     assert [len(table) for table in tables] == [
-        2 + sum(len(case.rows) for case in cases) for cases in (rows.OPERATIONS, rows.MODELS)
+        2 + sum(len(case.rows) for case in cases) for cases in rows.GROUPS.values()
     ]
     for row in (row for table in tables for row in table[2:]):
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip("|"))]
@@ -164,7 +182,7 @@ def test_markdown_without_results_holds_no_figure():
 def test_markdown_of_some_rows(monkeypatch):
     data, case = made_up()
     other = Case("apply", (1, 1, 10), {"dense triton": ()}, ())
-    monkeypatch.setattr(report, "OPERATIONS", [case, other])
+    monkeypatch.setitem(report.GROUPS, "operations", (case, other))
     text = report.markdown(data)
     start = (
         "| attention/1x1x10 dense | triton | 2.0 (1.8 to 2.2) | sdpa/flash | 2.10 (2.00 to 2.20)"

@@ -117,7 +117,7 @@ def test_a_wrong_kernel_has_no_speed(store, monkeypatch, how):
     assert report.failed(data)
     (line,) = (t for t in shown(data, [wrong, right]).splitlines() if "x9 dense reference  " in t)
     assert line.split() == ["apply/2x2x9", "dense", "reference", "FAILED", "correctness"]
-    monkeypatch.setattr(report, "OPERATIONS", [wrong])
+    monkeypatch.setitem(report.GROUPS, "operations", (wrong,))
     assert "| apply/2x2x9 dense | reference | FAILED correctness |  |" in report.markdown(data)
 
 

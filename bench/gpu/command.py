@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from . import report, sanitize, session, trial
-from .rows import Case, select
+from .rows import GROUPS, Case, select
 from .session import Store
 
 #: Of the checkout: its ``bench`` and ``tests`` are no part of the installed package.
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 BUDGET = 480.0
 
-#: Seconds after which a case is taken for stuck.
-STUCK = 240.0
+#: Seconds after which a case is taken for stuck: above what compiling a large network takes.
+STUCK = 300.0
 
 #: Processes that may end before they have begun a case.
 FALSE_STARTS = 2
@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench.gpu", description=__doc__.splitlines()[0], epilog=EPILOG
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for gpu.json")
-    parser.add_argument("--cases", metavar="PATTERN", help="a glob, or a part of a name")
+    parser.add_argument(
+        "--cases", metavar="PATTERN", help=f"{', '.join(GROUPS)}; or a glob, or a part of a name"
+    )
     parser.add_argument(
         "--budget", type=float, default=BUDGET, metavar="S", help="seconds; default: %(default).0f"
     )

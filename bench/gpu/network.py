@@ -1,17 +1,20 @@
-"""A whole network of timm, compiled: under a schedule, and unconverted with its fused attention."""
+"""A whole network of timm, compiled: under a schedule or with tokens merged, beside the unconverted
+one with its fused attention, and beside the merging that people write in plain PyTorch."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from psvit import Schedule, accelerate
+from psvit import Schedule
+from psvit.accelerate import convert_quietly
+from psvit.schedule import ATTEND
 from psvit_kernels import use
 
 from . import gate
@@ -27,25 +30,27 @@ def build(case: Case, sets: int, device: str) -> Work:
     """Random weights: what a network computes doesn't matter to its speed."""
     batch, side, _ = case.shape
     dtype = getattr(torch, case.dtype)
-    host = _host(case.kind.removeprefix("model-"), side).to(device, dtype)
+    assert case.network is not None
+    host = _host(case.network, side).to(device, dtype)
     images = [torch.randn(batch, 3, side, side, dtype=dtype, device=device) for _ in range(sets)]
 
     @cache
-    def converted(schedule: str) -> tuple[nn.Module, Callable]:
+    def converted(form: str) -> tuple[nn.Module, Callable]:
         """Also compiled, once for all providers: they are chosen call by call."""
-        fast = _converted(host, schedule)
+        schedule, pairs = _plan(host, form)
+        fast = convert_quietly(host, schedule, merge=pairs)
         return fast, compiled(fast)
 
-    def subject(schedule: str) -> Subject:
-        return _subject(host, schedule, *converted(schedule), images)
+    def subject(form: str) -> Subject:
+        return _subject(host, form, *converted(form), images)
 
     def baseline(name: str) -> Contender:
-        function = _pinned(host, name)
+        function = _baseline(host, name)
         return Contender([partial(function, x) for x in images])
 
-    schedules = dict.fromkeys(split(row)[0] for row in case.rows)
+    forms = dict.fromkeys(split(row)[0] for row in case.rows)
     return Work(
-        {schedule: partial(subject, schedule) for schedule in schedules},
+        {form: partial(subject, form) for form in forms},
         {name: partial(baseline, name) for name in case.baselines},
     )
 
@@ -56,15 +61,25 @@ def _host(name: str, side: int) -> nn.Module:
     return timm.create_model(name, img_size=side).eval()
 
 
-def _converted(host: nn.Module, schedule: str) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # random weights need no fine-tuning
-        return accelerate(host, schedule)
+def _plan(host: Any, form: str) -> tuple[Schedule, int]:
+    """The schedule that a row names, and how many pairs each layer merges."""
+    plain = ATTEND * len(host.blocks)
+    kind, _, pairs = form.partition("=")
+    return (Schedule(plain), int(pairs)) if kind == "merge" else (Schedule.parse(form), 0)
+
+
+def _baseline(host: nn.Module, name: str) -> Callable:
+    kind, _, which = name.partition("/")
+    if kind != "plain":
+        return _pinned(host, which)
+    from psvit.experiments.merge.plain import Plain
+
+    return compiled(Plain(host, int(which)))
 
 
 def _pinned(host: nn.Module, name: str) -> Callable:
     """Its attention's backend is pinned inside, where the compiler sees it."""
-    backend = BACKENDS[name.split("/")[1]]
+    backend = BACKENDS[name]
 
     def unconverted(x: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -74,10 +89,11 @@ def _pinned(host: nn.Module, name: str) -> Callable:
 
 
 def _subject(
-    host: nn.Module, schedule: str, fast: nn.Module, call: Callable, images: Sequence[Tensor]
+    host: nn.Module, form: str, fast: nn.Module, call: Callable, images: Sequence[Tensor]
 ) -> Subject:
-    plain = "A" * Schedule.parse(schedule).depth
-    before, after = (Schedule.parse(text).flops(host) for text in (plain, schedule))
+    schedule, pairs = _plan(host, form)
+    before = Schedule(ATTEND * schedule.depth).flops(host)
+    after = schedule.flops(host, merge=pairs)
     calls = [partial(call, x) for x in images]
     exact = copy.deepcopy(fast).double()
 

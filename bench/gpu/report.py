@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .rows import CASES, MODELS, OPERATIONS, TRITON, Bar, Case, named, split
+from .rows import CASES, GROUPS, TRITON, Bar, Case, named, split
 from .session import ERROR, MEASURED, NOT_MEASURED, REFUSED, WRONG
 
 Record = dict[str, Any]
@@ -305,10 +305,10 @@ HEADER = (
 def markdown(data: Record | None) -> str:
     """Every row that there is to measure, as tables; those without data say so.
 
-    Operations and networks are measured in sessions of their own: a file that holds none of either
-    gives no table of it.
+    Groups of cases are measured in sessions of their own: a file that holds none of one gives no
+    table of it.
     """
-    groups = [group for group in (OPERATIONS, MODELS) if data is None or _holds(data, group)]
+    groups = [group for group in GROUPS.values() if data is None or _holds(data, group)]
     tables = "\n".join(_markdown_table(data, group) for group in groups)
     return tables if data is None else f"{machine_text(data)}\n\n{tables}"
 

@@ -59,9 +59,10 @@ class Case:
     Args:
         kind: "apply", "attention", "group", "sharing", "merge" and "follow", shape (B, H, N); a
             kind of "pool-", shape (B, side, C): a square grid and one prefix token; or a network
-            of timm after "model-", shape (B, side, side): images.
+            of timm after "model-" or "merging-", shape (B, side, side): images.
         rows: bars by row: the form of the map ("fused" for pools, merging, following and for a
-            sharing layer as one kernel; for networks the schedule), a space, and the provider.
+            sharing layer as one kernel; for networks the schedule, or "merge=" and how many pairs
+            of tokens each layer merges), a space, and the provider.
         baselines: names; a family and, after a "/", which of it.
         launches: whether to count what is launched on the device.
     """
@@ -76,6 +77,12 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.kind}/{'x'.join(map(str, self.shape))}"
+
+    @property
+    def network(self) -> str | None:
+        """What timm calls it, if it is a whole network."""
+        kind, _, name = self.kind.partition("-")
+        return name if kind in ("model", "merging") else None
 
 
 SDPA = ("sdpa/flash", "sdpa/cudnn", "sdpa/efficient", "sdpa/math")
@@ -173,13 +180,22 @@ def _single(kind: str, baselines: tuple[str, ...]) -> Case:
 SCHEDULES = ("AASSASSSASSS", "AASA|ASAS|ASSS")
 
 
+def _of_flops(least: float) -> Bars:
+    return Bar("flops", least, "unconverted"), Bar("flops", 1.0, "unconverted", moonshot=True)
+
+
 def _model(name: str) -> Case:
     """A whole network, compiled, beside the unconverted one."""
-    bars = (Bar("flops", 0.97, "unconverted"), Bar("flops", 1.0, "unconverted", moonshot=True))
     rows: Rows = {}
     for schedule in SCHEDULES:
-        rows |= _served(schedule, bars, bars)
+        rows |= _served(schedule, _of_flops(0.97), _of_flops(0.97))
     return Case(f"model-{name}", (256, 224, 224), rows, UNCONVERTED)
+
+
+def _merging(name: str, pairs: int, batch: int) -> Case:
+    """The same where tokens are merged, which also runs as it is written in plain PyTorch."""
+    rows = {f"merge={pairs} {TRITON}": _of_flops(0.9)}
+    return Case(f"merging-{name}", (batch, 224, 224), rows, (*UNCONVERTED, f"plain/{pairs}"))
 
 
 FACTORED = _over_sdpa(1 / 0.85)
@@ -212,7 +228,20 @@ OPERATIONS: tuple[Case, ...] = (
 
 MODELS = (_model("vit_base_patch16_224"), _model("deit_small_patch16_224"))
 
-CASES = (*OPERATIONS, *MODELS)
+MERGING = tuple(
+    _merging(name, pairs, batch)
+    for batch in (256, 1, 32)
+    for name, pairs in (
+        ("deit_small_patch16_224", 13),
+        ("vit_base_patch16_224", 13),
+        ("vit_large_patch16_224", 8),
+    )
+)
+
+#: What one session measures, and one table shows.
+GROUPS = {"operations": OPERATIONS, "networks": MODELS, "merging": MERGING}
+
+CASES = (*OPERATIONS, *MODELS, *MERGING)
 
 
 def split(row: str) -> tuple[str, str]:
@@ -231,18 +260,24 @@ def named(case: Case, row: str) -> str:
 
 
 def select(pattern: str | None, cases: Sequence[Case] = CASES) -> list[Case]:
-    """Cases whose name matches a glob, or contains the text if it has no wildcard; all for None.
+    """The cases of a group; those whose name matches a glob, or contains the text if it has no
+    wildcard; all for None.
 
     Raises:
         ValueError: no case matches.
     """
     if pattern is None:
         return list(cases)
+    if pattern in GROUPS:
+        return list(GROUPS[pattern])
     glob = pattern if re.search(r"[*?\[]", pattern) else f"*{pattern}*"
     chosen = [case for case in cases if fnmatchcase(case.name, glob)]
     if not chosen:
         names = ", ".join(case.name for case in cases)
-        raise ValueError(f'--cases: got "{pattern}", which no case matches; they are {names}')
+        raise ValueError(
+            f'--cases: got "{pattern}", which no case matches; the groups are '
+            f"{', '.join(GROUPS)}, the cases {names}"
+        )
     return chosen
 
 
@@ -254,7 +289,7 @@ def counts(case: Case, row: str, itemsize: int = 2) -> tuple[float, float]:
         kept = 1 + ((side - 1) // 2 + 1) ** 2
         parameters = channels * (2 + (9 if case.kind == "pool-depthwise" else 0))
         return 0.0, float(itemsize * (batch * channels * (1 + side**2 + kept) + parameters))
-    if case.kind.startswith("model"):
+    if case.network:
         return 0.0, math.inf
     b, h, n = case.shape
     core, rows, full = b * h * n * HEAD_DIM, b * h * n, b * h * n * n

@@ -45,7 +45,7 @@ def build(case: Case, sets: int, device: str) -> Work:
     dtype = getattr(torch, case.dtype)
     if kind == "pool":
         return _pool_work(case, pooling, dtype, sets, device)
-    if kind == "model":
+    if case.network:
         return network.build(case, sets, device)
     if kind == "sharing":
         return layer.build(case, sets, device)
