@@ -1,8 +1,9 @@
-"""Plans: what they choose, that they are saved whole, fit one model and refuse others."""
+"""Plans that do not merge: what they choose, that they are saved whole, and refuse other models."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 
 import hosts
@@ -18,12 +19,14 @@ from psvit.planning.budget import Budget
 from psvit.planning.costs import Conversion, LayerCosts, flops, latency
 from psvit.planning.front import Losses, Scored, front
 from psvit.planning.plan import Plan
-from psvit.planning.run import plan
 
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), hosts.ignore_schedule_warning]
+
+
+plan = functools.partial(run.plan, merge=False)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +249,7 @@ def test_the_least_number_of_images_is_told_right(model, images, pools):
         (lambda f: (f / "plan.json").unlink(), "plan.json: No such file"),
         (lambda f: (f / "plan.json").write_text("{"), "plan.json: not a plan"),
         (lambda f: (f / "plan.json").write_text("{}"), "plan.json: not a plan of psvit"),
-        (lambda f: (f / "plan.json").write_text('{"form": 2}'), "plan.json: not a whole plan"),
+        (lambda f: (f / "plan.json").write_text('{"form": 3}'), "plan.json: not a whole plan"),
         (lambda f: (f / "plan.safetensors").unlink(), "plan.safetensors: not the weights"),
         (lambda f: (f / "plan.safetensors").write_bytes(b"x"), "plan.safetensors: not the weights"),
     ],

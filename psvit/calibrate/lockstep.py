@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,17 +23,19 @@ TOKEN_BUDGET = 512 * 2**20
 class LayerPass:
     """What went through one layer of the conversion, and what the original had at the same place.
 
-    M tokens are left at the layer. Where the conversion has pooled by then, the original's tokens
-    are put through the same pools.
+    M tokens are left at the layer, L after it, fewer if it merges some. Where the conversion has
+    pooled or merged by then, the original's tokens are put through the same pools, and those that
+    are one token in the conversion are averaged.
 
     Args:
         tokens: before the layer, `(B, M, C)`.
         normed: the attention's input, `(B, M, C)`.
         heads: the output projection's input, `(B, M, H d)`.
-        middle: after attention, before the MLP, `(B, M, C)`.
-        hidden: the input of the MLP's last linear, `(B, M, hidden)`; None if there is none.
-        after: after the layer, `(B, M, C)`.
-        middle_target, after_target: the original's ``middle`` and ``after``.
+        middle: after attention, before the MLP, `(B, L, C)`.
+        hidden: the input of the MLP's last linear, `(B, L, hidden)`; None if there is none.
+        after: after the layer, `(B, L, C)`.
+        middle_target: what the tokens are after the original's attention, `(B, M, C)`.
+        after_target: after the original's layer, `(B, L, C)`.
         map: what the layer applies, per head, `(B, H, M, M)`.
     """
 
@@ -53,17 +55,19 @@ class GroupPass(NamedTuple):
 
     Args:
         tokens: before the group's first layer and any pool there, `(B, N, C)`.
-        goals: for each layer of the group, `(B, M, C)`: put through the conversion's pools.
+        goals: the original's prefix tokens after each layer of the group, `(B, prefix, C)`.
         layouts: of the conversion's stages.
+        merged: what the tokens are, if layers before have merged some.
     """
 
     tokens: Tensor
     goals: list[Tensor]
     layouts: list[Layout]
+    merged: Layout | None
 
     def outputs(self, stack: Stack, group: Sequence[int]) -> list[Tensor]:
         """What each layer of the group gives in the conversion."""
-        flow, x, found = _flow(stack, self.layouts), self.tokens, []
+        flow, x, found = _flow(stack, self.layouts, group[0], self.merged), self.tokens, []
         for layer in group:
             x = flow.run(layer, x)
             found.append(x)
@@ -71,12 +75,14 @@ class GroupPass(NamedTuple):
 
 
 class _Streams(NamedTuple):
-    """The tokens of both models that enter a layer, and what they are in each stage."""
+    """The tokens of both models that enter a layer, what they are in each stage, and what those of
+    the conversion are, if some were merged."""
 
     layer: int
     original: Tensor
     converted: Tensor
     layouts: list[Layout]
+    merged: Layout | None
 
     @property
     def nbytes(self) -> int:
@@ -107,11 +113,14 @@ class Lockstep:
         self.original = find_stack(original)
         self.converted = find_stack(converted)
         self.budget = budget
-        schedule = self.converted.schedule
+        schedule, merge = self.converted.schedule, self.converted.merge
         # Layers before it are as in the original, and nobody shares their maps.
-        self.first_changed = next(
-            (g[0] for g in schedule.groups if len(g) > 1 or g[0] in schedule.pools), schedule.depth
+        changed = (
+            g[0]
+            for g in schedule.groups
+            if len(g) > 1 or g[0] in schedule.pools or any(merge[i] for i in g)
         )
+        self.first_changed = next(changed, schedule.depth)
         self._kept: dict[int, _Streams] = {}
 
     @torch.no_grad()
@@ -124,13 +133,14 @@ class Lockstep:
         """
         donor = self.converted.donors[layer]
         streams = self._advanced(images, donor, place)
-        middle_target, after_target = self._targets(streams, layer)
-        flow, x = _flow(self.converted, streams.layouts), streams.converted
-        flow.slots.setdefault(donor, MapSlot(reuses=1))
+        flow = _flow(self.converted, streams.layouts, donor, streams.merged)
+        x, slot = streams.converted, flow.slots.setdefault(donor, MapSlot())
+        slot.reuses = max(slot.reuses, 1)
         for i in range(donor, layer):
             x = flow.run(i, x)
         with _tapped(self.converted.block(layer)) as taps:
             after = flow.run(layer, x)
+        middle_target, after_target = self._targets(streams, layer, flow.merged)
         return LayerPass(
             tokens=taps["tokens"],
             normed=taps["normed"],
@@ -155,8 +165,8 @@ class Lockstep:
         flow, x, goals = Flow(self.original), streams.original, []
         for layer in group:
             x = flow.run(layer, x)
-            goals.append(self._pooled(x, layer, streams.layouts))
-        return GroupPass(streams.converted, goals, streams.layouts)
+            goals.append(x[:, : self.converted.prefix])
+        return GroupPass(streams.converted, goals, streams.layouts, streams.merged)
 
     def _advanced(self, images: Tensor, layer: int, place: int | None) -> _Streams:
         before = None if place is None else self._kept.pop(place, None)
@@ -164,13 +174,15 @@ class Lockstep:
             tokens = self.embed(images)
             pools = self.converted.schedule.pools
             layouts = self.converted.layouts(tokens.shape[1]) if pools else []
-            before = _Streams(0, tokens, tokens, layouts)
+            before = _Streams(0, tokens, tokens, layouts, None)
         original, converted = before.original, before.converted
-        flow, changed = Flow(self.original), _flow(self.converted, before.layouts)
+        flow = Flow(self.original)
+        changed = _flow(self.converted, before.layouts, before.layer, before.merged)
         for i in range(before.layer, layer):
             original = flow.run(i, original)
             converted = original if i < self.first_changed else changed.run(i, converted)
-        streams = _Streams(layer, original, converted, before.layouts)
+        merged = changed.merged.get(layer)
+        streams = _Streams(layer, original, converted, before.layouts, merged)
         kept = sum(other.nbytes for other in self._kept.values())
         if place is not None and kept + streams.nbytes <= self.budget:
             self._kept[place] = streams
@@ -197,20 +209,21 @@ class Lockstep:
             hook.remove()
         raise RuntimeError("the model ran without its first layer")
 
-    def _targets(self, streams: _Streams, layer: int) -> tuple[Tensor, Tensor]:
+    def _targets(
+        self, streams: _Streams, layer: int, merged: Mapping[int, Layout]
+    ) -> tuple[Tensor, Tensor]:
         flow, x = Flow(self.original), streams.original
         for i in range(streams.layer, layer):
             x = flow.run(i, x)
         with _tapped(self.original.block(layer)) as taps:
             after = flow.run(layer, x)
-        layouts = streams.layouts
-        return self._pooled(taps["middle"], layer, layouts), self._pooled(after, layer, layouts)
-
-    def _pooled(self, x: Tensor, layer: int, layouts: list[Layout]) -> Tensor:
-        """The original's tokens of a layer, as few as the conversion has there."""
-        for i in range(self.converted.stages[layer]):
-            x, _ = self.converted.pool(i).reduce(x, layouts[i])
-        return x
+        found = []
+        for x, entering in ((taps["middle"], layer), (after, layer + 1)):
+            for i in range(self.converted.stages[layer]):
+                x, _ = self.converted.pool(i).reduce(x, streams.layouts[i])
+            last = streams.layouts[self.converted.stages[layer]] if streams.layouts else None
+            found.append(_averaged(x, last, merged[entering]) if entering in merged else x)
+        return found[0], found[1]
 
 
 @contextmanager
@@ -230,11 +243,23 @@ def entered(stack: Stack, layer: int, tokens: Tensor) -> Iterator[None]:
             del block.forward
 
 
-def _flow(stack: Stack, layouts: list[Layout]) -> Flow:
+def _flow(stack: Stack, layouts: list[Layout], layer: int, merged: Layout | None) -> Flow:
+    """A pass that begins at a layer."""
     flow = Flow(stack)
     if layouts:  # the tokens may be fewer than those that the layouts are of
         flow.layouts = layouts
+    if merged is not None:
+        flow.merged[layer] = merged
     return flow
+
+
+def _averaged(x: Tensor, before: Layout | None, merged: Layout) -> Tensor:
+    """Of tokens `(B, N, C)` the means of those that are one token now, weighted by their sizes."""
+    assert merged.into is not None and isinstance(merged.sizes, Tensor)
+    sizes = x.new_ones(x.shape[:2]) if before is None else before.counted(x)
+    sums = x.new_zeros(len(x), merged.tokens, x.shape[2])
+    into = merged.into.unsqueeze(2).expand_as(x)
+    return sums.scatter_add(1, into, x * sizes.unsqueeze(2)) / merged.sizes.unsqueeze(2)
 
 
 class _Reached(Exception):

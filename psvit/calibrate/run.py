@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..accelerate import convert_quietly
 from ..console import progress as console_progress
+from ..merging import tokens_left
 from ..numbers import check_number
 from ..pooling import Kind
 from ..schedule import ATTEND, SHARE, Schedule
@@ -49,6 +50,7 @@ def calibrate(
     pool: Kind = "conv",
     dims: Literal[1, 2] = 2,
     size_bias: bool = True,
+    merge: int | Sequence[int] | str = 0,
     ridge: float | None = None,
     prefix_weight: float = PREFIX_WEIGHT,
     batch: int = 32,
@@ -60,10 +62,11 @@ def calibrate(
     2 x 2 and the cell's average, scaled to the tokens' root mean square; which one is decided by
     the outputs. Then, layer by layer, with the earlier ones corrected already, those that share get
     the V, output projection and last MLP linear that bring their tokens nearest to the original's
-    (put through the same pools), the first after each pool V and output projection; where H heads
-    times width C are more than ``MOST_FEATURES`` (ViT-B and larger), V stays as it is. All goes
-    into weights that the layers have: the result is what ``psvit.accelerate`` gives, with other
-    numbers in it, and costs nothing more when it runs.
+    (put through the same pools and merged alike), the first after each pool V and output
+    projection; where H heads times width C are more than ``MOST_FEATURES`` (ViT-B and larger), V
+    stays as it is. Layers that only merge tokens stay as they are. All goes into weights that the
+    layers have: the result is what ``psvit.accelerate`` gives, with other numbers in it, and costs
+    nothing more when it runs.
 
     Twice for each of these layers the images are run through both models, a batch at a time. What
     is kept doesn't grow with their number: sums of products in float64, at most 16 n^2 bytes where
@@ -72,7 +75,8 @@ def calibrate(
     times.
 
     Args:
-        model, schedule, pool, dims, size_bias: as for ``psvit.accelerate``; the model is copied.
+        model, schedule, pool, dims, size_bias, merge: as for ``psvit.accelerate``; the model is
+            copied.
         images: `(B, channels, height, width)`, normalised as the model expects, or batches of
             them that can be read again and again in the same order: a list, a DataLoader that
             gives tensors and doesn't shuffle. One in ten is held out while it is decided how and
@@ -102,7 +106,7 @@ def calibrate(
     ridges = RIDGES if ridge is None else (ridge,)
     _check_above_zero(ridge=ridges[0], prefix_weight=prefix_weight)
     check_number("batch", batch, 1)
-    fast, original = _both(model, schedule, pool, dims, size_bias)
+    fast, original = _both(model, schedule, pool, dims, size_bias, merge)
     lockstep = Lockstep(original, fast)
     source = Images(images, batch)
     convert = partial(convert_quietly, model, pool=pool, dims=dims, size_bias=size_bias)
@@ -131,10 +135,15 @@ def calibrate(
 
 
 def _both(
-    model: Model, schedule: str | Schedule, pool: Kind, dims: Literal[1, 2], size_bias: bool
+    model: Model,
+    schedule: str | Schedule,
+    pool: Kind,
+    dims: Literal[1, 2],
+    size_bias: bool,
+    merge: int | Sequence[int] | str = 0,
 ) -> tuple[Model, Model]:
     """A converted copy of a model, and one as it is, in eval mode, of the same kind of blocks."""
-    fast = convert_quietly(model, schedule, pool=pool, dims=dims, size_bias=size_bias)
+    fast = convert_quietly(model, schedule, pool=pool, dims=dims, size_bias=size_bias, merge=merge)
     return fast, convert_quietly(model, ATTEND * len(find_stack(fast))).eval()
 
 
@@ -265,7 +274,9 @@ def _fewest(lockstep: Lockstep, corrections: list[Correction], image: Tensor) ->
     layouts = stack.layouts(lockstep.embed(image).shape[1])
     needed = 1
     for correction in corrections:
-        each = layouts[stack.stages[correction.block.layer]].tokens
+        layer = correction.block.layer
+        tokens = layouts[stack.stages[layer]].tokens
+        each = tokens_left(tokens, stack.prefix, stack.merge[: layer + 1])[-1]
         needed = max(needed, math.ceil((correction.features + 1) / each))
     return needed + (needed - 1) // (HOLD_OUT - 1)
 

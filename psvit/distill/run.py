@@ -118,6 +118,7 @@ class Course:
             pool=source.pool,
             dims=source.dims,
             size_bias=source.size_bias,
+            merge=source.merge,
             progress=progress,
         )
         return converted.eval()
@@ -145,7 +146,8 @@ class Course:
         self.student = Student(self.original, self.result, self.images, self.how, seed)
 
     def _settings(self) -> dict[str, Any]:
-        return {**asdict(self.how), "schedule": self.source.schedule.text}
+        made = {"schedule": self.source.schedule.text, "merge": list(self.source.merge)}
+        return {**asdict(self.how), **made}
 
     def state(self) -> dict[str, Any]:
         """All of it, for ``checkpoint.save``."""

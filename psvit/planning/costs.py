@@ -17,6 +17,7 @@ from ..latency_cache import medians
 from ..pooling import Kind
 from ..schedule import ATTEND, POOL, SHARE, Schedule
 from ..timing import waiting
+from .front import Counts
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Conversion:
     dims: Literal[1, 2] = 2
     size_bias: bool = True
 
-    def apply(self, model: nn.Module, schedule: Schedule) -> nn.Module:
+    def apply(self, model: nn.Module, schedule: Schedule, merge: Counts = ()) -> nn.Module:
         """A converted copy, in eval mode."""
-        return convert_quietly(model, schedule, **asdict(self)).eval()
+        return convert_quietly(model, schedule, merge=merge or 0, **asdict(self)).eval()
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def latency(
         seconds: of measuring, about.
         step: called with the part of the work done, for a progress bar.
     """
-    work = f"{how}, {_digest(how.apply(model, Schedule(ATTEND * depth)), images)}"
+    work = f"{how}, {digest(how.apply(model, Schedule(ATTEND * depth)), images)}"
 
     def label(schedule: Schedule) -> str:
         return f"{schedule}, {work}"
@@ -134,7 +135,7 @@ def latency(
     return LayerCosts.from_totals(depth, pools, lambda schedule: times[label(schedule)])
 
 
-def _digest(model: nn.Module, images: Tensor) -> str:
+def digest(model: nn.Module, images: Tensor) -> str:
     """Of what a model's latency depends on: its parts with their shapes and dtypes, no values."""
     weights = [(name, x.shape, x.dtype) for name, x in model.state_dict().items()]
     parts = hashlib.sha256(f"{model} {weights}".encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..schedule import ATTEND, POOL, SHARE, Schedule
 
@@ -23,12 +23,21 @@ class Losses:
     pools: Mapping[int, float]
 
 
+#: Pairs of tokens that each layer merges; none if empty.
+Counts = tuple[int, ...]
+
+
 class Scored(NamedTuple):
     """A schedule with its loss and its cost, sums over its parts; less is better."""
 
     loss: float
     cost: float
     schedule: Schedule
+    merge: Counts = ()
+
+    def __str__(self) -> str:
+        pairs = f" merging {', '.join(map(str, self.merge))} pairs" if any(self.merge) else ""
+        return f"{self.schedule}{pairs}"
 
 
 class _Beginning(NamedTuple):
@@ -57,7 +66,7 @@ def front(
     lengths = {1, *(length for _, length in losses.groups)}
     for layer in range(depth):
         for stage in range(pools + 1):
-            beginnings = _unbeaten(reached.pop((layer, stage), []))
+            beginnings = unbeaten(reached.pop((layer, stage), []))
             for end, after, more in _groups(layer, stage, lengths, losses, cost, pools):
                 if end <= depth:
                     reached.setdefault((end, after), []).extend(
@@ -65,7 +74,7 @@ def front(
                         for b in beginnings
                     )
     whole = [b for (end, _), found in reached.items() if end == depth for b in found]
-    return [Scored(b.loss, b.cost, Schedule(b.text)) for b in reversed(_unbeaten(whole))]
+    return [Scored(b.loss, b.cost, Schedule(b.text)) for b in reversed(unbeaten(whole))]
 
 
 def _groups(
@@ -89,10 +98,13 @@ def _groups(
                 yield layer + length, after, _Beginning(loss + shared, price, kinds)
 
 
-def _unbeaten(beginnings: list[_Beginning]) -> list[_Beginning]:
+_Any = TypeVar("_Any", _Beginning, Scored)
+
+
+def unbeaten(ones: list[_Any]) -> list[_Any]:
     """The cheapest first; costs that differ by their rounding alone are equal."""
-    found: list[_Beginning] = []
-    for beginning in sorted(beginnings, key=lambda b: (float(f"{b.cost:.9g}"), b.loss, b.text)):
-        if not found or beginning.loss < found[-1].loss:
-            found.append(beginning)
+    found: list[_Any] = []
+    for one in sorted(ones, key=lambda one: (float(f"{one.cost:.9g}"), one.loss, str(one[2]))):
+        if not found or one.loss < found[-1].loss:
+            found.append(one)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,22 +14,24 @@ from torch import Tensor, nn
 from ..accelerate import convert_quietly
 from ..console import table, text_of
 from ..files import whole_folder
-from ..pooling import Kind
+from ..merging import merge_counts
+from ..pooling import CARRYING, Kind
 from ..schedule import Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
 
 #: Of the JSON file; another form is refused.
-FORM = 2
+FORM = 3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do with a trained model: a schedule, how it pools, and corrected weights.
+    """What to do with a trained model: a schedule, how it pools and merges, corrected weights.
 
     Args:
         schedule: of the converted model.
         pool, dims, size_bias: as for ``psvit.accelerate``.
+        merge: pairs of tokens that each layer merges.
         corrections: parameters that differ from the original's, by name.
         shapes: of every parameter and buffer of the original, by name: what it fits.
         found: numbers and remarks about it, plain values; for people and programs.
@@ -39,6 +41,7 @@ class Plan:
     pool: Kind
     dims: Literal[1, 2]
     size_bias: bool
+    merge: tuple[int, ...]
     corrections: Mapping[str, Tensor]
     shapes: Mapping[str, tuple[int, ...]]
     found: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class Plan:
         pool: Kind,
         dims: Literal[1, 2],
         size_bias: bool,
+        merge: int | Sequence[int] = 0,
         found: Mapping[str, Any] | None = None,
     ) -> Plan:
         """From a model and its conversion, whose weights may have been corrected or tuned."""
@@ -63,7 +67,8 @@ class Plan:
             if name not in before or not torch.equal(value.cpu(), before[name].cpu())
         }
         shapes = {name: tuple(value.shape) for name, value in before.items()}
-        return cls(schedule, pool, dims, size_bias, changed, shapes, dict(found or {}))
+        counts = merge_counts(merge, schedule)
+        return cls(schedule, pool, dims, size_bias, counts, changed, shapes, dict(found or {}))
 
     def with_weights(
         self, original: nn.Module, converted: nn.Module, found: Mapping[str, Any]
@@ -76,6 +81,7 @@ class Plan:
             pool=self.pool,
             dims=self.dims,
             size_bias=self.size_bias,
+            merge=self.merge,
             found=found,
         )
 
@@ -89,8 +95,14 @@ class Plan:
             ValueError: a model with other parameters; the message names what differs.
         """
         self._check(model)
-        how: Any = {"pool": self.pool, "dims": self.dims, "size_bias": self.size_bias}
-        converted = convert_quietly(model, self.schedule, **how)
+        converted = convert_quietly(
+            model,
+            self.schedule,
+            pool=self.pool,
+            dims=self.dims,
+            size_bias=self.size_bias,
+            merge=self.merge,
+        )
         state = converted.state_dict()
         converted.load_state_dict({**state, **self.corrections})
         return converted
@@ -122,22 +134,31 @@ class Plan:
         rows = [
             (
                 one["schedule"],
+                str(sum(one["merge"]) or ""),
                 f"{one['cost']:.3f}",
                 f"{one['predicted_error']:.3f}",
                 f"{one['error']:.3f}",
                 f"{one['kl']:.3f}",
                 f"{one['agreement']:.1%}",
-                "chosen" if one["schedule"] == self.schedule.text else "",
+                "chosen" if self._is(one) else "",
             )
             for one in self.found.get("tried", ())
         ]
-        header = ("schedule", "cost", "error, predicted", "measured", "KL", "agreement", "")
+        header = (
+            *("schedule", "merged", "cost", "error, predicted", "measured", "KL", "agreement"),
+            "",
+        )
         made = table(f"{self.schedule}, {self.pool} pool", header, rows)
         made.caption = "\n".join((self._remarks(), *self._left_alone()))
         return made
 
+    def _is(self, tried: Mapping[str, Any]) -> bool:
+        return (tried["schedule"], tuple(tried["merge"])) == (self.schedule.text, self.merge)
+
     def _remarks(self) -> str:
         remarks = [f"{len(self.corrections)} corrected tensors"]
+        if any(self.merge):
+            remarks.append(f"layers merge {', '.join(map(str, self.merge))} pairs of tokens")
         if "budget" in self.found:
             remarks.insert(0, f"for {self.found['budget']}")
             if self.schedule.pools and not self.schedule.shared:
@@ -179,6 +200,7 @@ class Plan:
             "pool": self.pool,
             "dims": self.dims,
             "size_bias": self.size_bias,
+            "merge": self.merge,
             "found": self.found,
             "shapes": self.shapes,
         }
@@ -206,8 +228,11 @@ class Plan:
         corrections = _tensors(path.with_suffix(".safetensors"))
         try:
             shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
-            schedule = Schedule(fields.pop("schedule"))
-            return cls(schedule=schedule, corrections=corrections, shapes=shapes, **fields)
+            schedule = Schedule(fields.pop("schedule"), carried=fields["pool"] in CARRYING)
+            counts = merge_counts(fields.pop("merge"), schedule)
+            return cls(
+                schedule=schedule, merge=counts, corrections=corrections, shapes=shapes, **fields
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a whole plan of psvit: {error!r}") from error
 

@@ -17,7 +17,9 @@ from ..pooling import Kind
 from ..schedule import ATTEND, POOL, SHARE, Schedule
 from .budget import Budget
 from .costs import Conversion, LayerCosts, flops, latency
-from .front import Losses, Scored, front
+from .front import Losses, Scored, front, unbeaten
+from .merged_costs import MergedFLOPs, merged_latency
+from .merging import LEVELS, MIDDLE, MergeSearch, Merging, combined
 from .plan import Plan
 from .score import HOLD_OUT, Held, Score, split
 
@@ -27,6 +29,8 @@ Progress = Callable[[str, float], AbstractContextManager[Any]]
 FEW = 64
 #: Schedules that are run, after what is predicted of them.
 TRIES = 4
+#: Images that a search for how to merge runs, at most.
+SEARCHED = 160
 
 
 def plan(
@@ -37,6 +41,7 @@ def plan(
     pool: Kind = "conv",
     dims: Literal[1, 2] = 2,
     size_bias: bool = True,
+    merge: bool = True,
     pools: int = 1,
     longest: int = 3,
     latency_batch: int = 1,
@@ -47,9 +52,11 @@ def plan(
     Each single change (a group of layers with one map, a pool before a layer) is made and corrected
     on a few images, and scored by the relative squared error of its class scores on images held out
     of all fits. Sums of these predict what a schedule loses, sums over its layers what it costs;
-    dynamic programming finds the front of both, and the best few within the budget are made,
-    corrected on all images but those held out, and scored. The one that did best is the plan,
-    corrected once more on all images.
+    dynamic programming finds the front of both. How merging tokens is best spread over the layers
+    is searched with the same score, while every layer attends; schedules that cost more than the
+    budget merge as much as brings them to it. Of all these the best few are made, corrected on all
+    images but those held out, and scored. The one that did best is the plan, corrected once more
+    on all images.
 
     Args:
         model: from timm, transformers or torchvision, with a classifier.
@@ -58,6 +65,7 @@ def plan(
         budget: "flops<=0.7", "latency<=0.7" (parts of the original's), "top1_agreement>=0.98" (on
             the images held out: then the cheapest found in FLOPs that meets it).
         pool, dims, size_bias: as for ``psvit.accelerate``.
+        merge: whether tokens may be merged; not in a model that needs all of them.
         pools: at most so many; none in a model whose tokens can't be pooled.
         longest: of a group: one layer attends, the others share.
         latency_batch: images in a batch whose latency is measured.
@@ -84,25 +92,35 @@ def plan(
             costs = latency(model, how, depth, few, pools=pools, step=step)
     else:
         costs = flops(model, how, depth, pools=pools)
-    found = front(depth, losses, costs, pools=pools)
+    schedules = front(depth, losses, costs, pools=pools)
+    found, merging = list(schedules), None
+    if merge and encoder.whole is None:
+        price = MergedFLOPs(model, how)
+        if wanted.measure == "latency":
+            with progress("measuring merging", 1) as step:
+                price = merged_latency(model, how, costs, few, step=step)
+        agree = wanted.measure == "top1_agreement"
+        merging = planner.merging(price, MIDDLE if agree else wanted.bound)
+        for bound in LEVELS if agree else (wanted.bound,):
+            found += combined(schedules, merging, price, bound, TRIES)
     if wanted.measure == "top1_agreement":
-        chosen = planner.cheapest(found, wanted)
+        chosen = planner.cheapest(unbeaten(found)[::-1], wanted)
     else:
         chosen = planner.best(within(found, wanted))
-    return planner.plan(planner.refitted(chosen), wanted, losses, costs, found)
+    return planner.plan(planner.refitted(chosen), wanted, losses, costs, found, merging)
 
 
 def within(found: list[Scored], budget: Budget) -> list[Scored]:
-    """Of a front the few schedules that lose least and cost no more than the budget.
+    """Of some schedules the few that lose least and cost no more than the budget.
 
     Raises:
         ValueError: none does; the nearest is named.
     """
     fitting = [scored for scored in found if scored.cost <= budget.bound]
     if not fitting:
-        nearest = found[-1]
+        nearest = min(found, key=lambda scored: scored.cost)
         raise ValueError(
-            f"budget: got {budget}, but the cheapest schedule found, {nearest.schedule}, has "
+            f"budget: got {budget}, but the cheapest schedule found, {nearest}, has "
             f"{nearest.cost:.3f} of the original's {budget.measure}"
         )
     return sorted(fitting, key=lambda scored: scored.loss)[:TRIES]
@@ -159,9 +177,15 @@ class Planner:
         return self.images[: max(FEW, fewest)]
 
     def _single(self, schedule: Schedule, images: Tensor, step: Callable[[float], object]) -> float:
-        converted, _ = self._made(schedule, images)
+        converted, _ = self._made(Scored(0.0, 0.0, schedule), images)
         step(1)
         return self.held.score(converted).error
+
+    def merging(self, cost: MergedFLOPs, bound: float) -> Merging:
+        """How merging is spread best over the layers, where it leaves so much of the cost."""
+        search = MergeSearch(self.model, self.how, Held(self.model, self.images[:SEARCHED]), cost)
+        with self.progress("merging", search.trials) as step:
+            return search.run(bound, step)
 
     def best(self, candidates: list[Scored]) -> Tried:
         """Of some candidates that which loses least when it is made."""
@@ -186,20 +210,20 @@ class Planner:
     def refitted(self, tried: Tried) -> Tried:
         """The same schedule, corrected on all images; its score stays what it was before."""
         with self.progress("fitting to all images", 1) as step:
-            converted, _ = self._made(tried.predicted.schedule, self.every)
+            converted, _ = self._made(tried.predicted, self.every)
             step(1)
         return replace(tried, model=converted)
 
     def _tried(self, candidate: Scored, step: Callable[[float], object]) -> Tried:
-        converted, report = self._made(candidate.schedule, self.images)
+        converted, report = self._made(candidate, self.images)
         step(1)
         score = self.held.score(converted)
         self.tried.append({**_row(candidate), **asdict(score)})
         return Tried(candidate, converted, score, report.left_alone)
 
-    def _made(self, schedule: Schedule, images: Tensor) -> tuple[nn.Module, Report]:
-        how = asdict(self.how)
-        converted, report = calibrate(self.model, schedule, images, progress=_silent, **how)
+    def _made(self, candidate: Scored, images: Tensor) -> tuple[nn.Module, Report]:
+        how = {**asdict(self.how), "merge": candidate.merge or 0, "progress": _silent}
+        converted, report = calibrate(self.model, candidate.schedule, images, **how)
         return converted.eval(), report
 
     def plan(
@@ -209,6 +233,7 @@ class Planner:
         losses: Losses,
         costs: LayerCosts,
         predicted: list[Scored],
+        merging: Merging | None,
     ) -> Plan:
         """What was chosen, with all that was found out."""
         found = {
@@ -220,22 +245,25 @@ class Planner:
             "held_out_images": len(self.held.images),
             "images": len(self.images),
             "tried": self.tried,
-            "front": [_row(scored) for scored in predicted],
+            "front": [_row(scored) for scored in unbeaten(predicted)[::-1]],
             "groups": [[a, k, error] for (a, k), error in losses.groups.items()],
             "pools": [[place, error] for place, error in losses.pools.items()],
             "costs": asdict(costs),
+            "merging": merging and asdict(merging),
         }
         return self.planned(chosen, found)
 
     def planned(self, tried: Tried, found: dict[str, Any]) -> Plan:
         """A schedule that was made, as a plan."""
+        how = {**asdict(self.how), "merge": tried.predicted.merge or 0}
         schedule = tried.predicted.schedule
-        return Plan.of(self.model, tried.model, schedule=schedule, found=found, **asdict(self.how))
+        return Plan.of(self.model, tried.model, schedule=schedule, found=found, **how)
 
 
 def _row(predicted: Scored) -> dict[str, Any]:
     return {
         "schedule": predicted.schedule.text,
+        "merge": list(predicted.merge or (0,) * predicted.schedule.depth),
         "cost": predicted.cost,
         "predicted_error": predicted.loss,
     }
