@@ -44,10 +44,11 @@ def run(capsys, place: Path, command: str, *arguments: str) -> tuple[int, str, s
 
 def test_calibrate_distill_and_accelerate_hand_a_plan_on(place, tmp_path, capsys):
     plan, tuned = (str(tmp_path / name) for name in ("plan.json", "tuned.json"))
-    arguments = ("--schedule", "AASAAA", "--output", plan)
+    arguments = ("--schedule", "AASAAA", "--merge", "3,0,2,0,0,1", "--output", plan)
     code, out, err = run(capsys, place, "calibrate", *arguments)
     assert code == 0, err
     assert "AASAAA" in out and "Written to" in out
+    assert Plan.load(plan).merge == (3, 0, 2, 0, 0, 1)
     code, out, err = run(
         capsys, place, "distill", "--plan", plan, "--steps", "2", "--batch", "4", "--output", tuned
     )
@@ -64,17 +65,27 @@ def test_calibrate_distill_and_accelerate_hand_a_plan_on(place, tmp_path, capsys
 
 def test_plan_keeps_a_budget(place, tmp_path, capsys):
     plan = tmp_path / "plan.json"
-    arguments = ("--budget", "flops<=0.95", "--pools", "0", "--output", str(plan), "--json")
+    arguments = ("--budget", "flops<=0.95", "--pools", "0", "--no-merge")
+    arguments += ("--output", str(plan), "--json")
     code, out, err = run(capsys, place, "plan", *arguments)
     assert code == 0, err
     found = json.loads(out)
     assert found["cost"] <= 0.95 and "S" in found["schedule"] and "|" not in found["schedule"]
     kept = Plan.load(plan)
-    assert kept.schedule.text == found["schedule"]
+    assert kept.schedule.text == found["schedule"] and not any(kept.merge)
     shown = str(kept)
     assert "for flops<=0.95" in shown and "chosen" in shown
     assert all(row["schedule"] in shown for row in found["tried"])
     assert plan.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_merges(place, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    arguments = ("--budget", "flops<=0.8", "--pools", "0", "--output", str(plan))
+    code, out, err = run(capsys, place, "plan", *arguments)
+    assert code == 0, err
+    merge = Plan.load(plan).merge
+    assert any(merge) and f"layers merge {', '.join(map(str, merge))}" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -84,6 +95,7 @@ def test_plan_keeps_a_budget(place, tmp_path, capsys):
         ("plan", ("--budget", "flops<=0.9", "--output", "p.txt"), "--output: got p.txt, expected"),
         ("calibrate", ("--schedule", "AAS"), 'schedule "AAS": has 3 layers, expected 6'),
         ("calibrate", ("--schedule", "SAAAAA"), "layer 1 shares, but none attends before it"),
+        ("calibrate", ("--schedule", "AAAAAA", "--merge", "1,2"), "merge: got 2 numbers, expected"),
         ("distill", ("--plan", "nowhere.json"), "nowhere.json: No such file"),
         ("distill", ("--plan", "p.json", "--resume"), "--resume: expected --state too"),
         ("accelerate", ("--plan", "nowhere.json"), "nowhere.json: No such file"),

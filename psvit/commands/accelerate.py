@@ -15,6 +15,7 @@ from . import models
 from .common import (
     BadInputError,
     add_json,
+    add_merge,
     bad_input,
     need,
     open_result,
@@ -68,13 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a pooled token counts for as many keys as it stands for",
     )
-    parser.add_argument(
-        "--merge",
-        type=_merge,
-        metavar="N",
-        help="merge N pairs of tokens in every layer; or N,N,... layer by layer; or as many as "
-        "leave a part of the FLOPs, such as 0.57",
-    )
+    add_merge(parser)
     parser.add_argument(
         "--show",
         type=Path,
@@ -98,17 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="FILE.safetensors", help="save the converted state dict"
     )
     add_json(parser)
-
-
-def _merge(text: str) -> int | list[int] | str:
-    if "." in text:
-        return text
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        expected = "a number, one for each layer (3,0,3), or a part of the FLOPs (0.57)"
-        raise argparse.ArgumentTypeError(f"got {text}, expected {expected}") from None
-    return counts if "," in text else counts[0]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -203,7 +187,7 @@ def converted(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Sc
         if args.strip:
             raise ValueError("--strip: expected without --plan, whose weights have Q and K")
         if args.merge is not None:
-            raise ValueError("--merge: expected without --plan, which was made without")
+            raise ValueError("--merge: expected without --plan, which says what is merged")
         args.pool, args.dims, args.size_bias = plan.pool, plan.dims, plan.size_bias
         return plan.apply(model).eval(), plan.schedule
     text = args.schedule or ATTEND * len(adapters.find(model).layers)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..console import print_tables
 from . import models
-from .common import add_json, bad_input, print_json, writing
+from .common import add_json, add_merge, bad_input, print_json, writing
 from .plan import add_output, add_pool, check
 
 EXAMPLES = """\
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
     parser.add_argument("--schedule", required=True, metavar="TEXT", help='such as "AASA|ASSS"')
     add_pool(parser)
+    add_merge(parser)
     add_output(parser)
     add_json(parser)
 
@@ -32,14 +33,19 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     from ..calibrate import calibrate
     from ..planning.plan import Plan
+    from ..pooling import CARRYING
     from ..schedule import Schedule
+    from ..stack import find_stack
 
     loaded = models.load(args)
     with bad_input():
-        schedule = Schedule.parse(args.schedule, loaded.depth)
+        carried = args.pool in CARRYING
+        schedule = Schedule.parse(args.schedule, loaded.depth, carried=carried)
     images = models.read_all(args, loaded.preprocess)
     with bad_input():
-        converted, report = calibrate(loaded.model, schedule, images, pool=args.pool)
+        converted, report = calibrate(
+            loaded.model, schedule, images, pool=args.pool, merge=args.merge or 0
+        )
     plan = Plan.of(
         loaded.model,
         converted,
@@ -47,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         pool=args.pool,
         dims=2,
         size_bias=True,
+        merge=find_stack(converted).merge,
         found={"calibration": report.to_dict()},
     )
     with writing("--output"):

@@ -54,6 +54,27 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--merge",
+        type=_merge,
+        metavar="N",
+        help="merge N pairs of tokens in every layer; or N,N,... layer by layer; or as many as "
+        "leave a part of the FLOPs, such as 0.57",
+    )
+
+
+def _merge(text: str) -> int | list[int] | str:
+    if "." in text:
+        return text
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        expected = "a number, one for each layer (3,0,3), or a part of the FLOPs (0.57)"
+        raise argparse.ArgumentTypeError(f"got {text}, expected {expected}") from None
+    return counts if "," in text else counts[0]
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """For argparse: one number, or one a channel with commas between."""
     try:

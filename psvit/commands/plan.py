@@ -1,4 +1,4 @@
-"""Find the schedule that loses least within a budget for a trained model, and correct it."""
+"""Find the schedule and the merging that lose least within a budget for a trained model."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pools", type=int, default=1, choices=(0, 1, 2), help="at most so many (default: 1)"
     )
+    parser.add_argument("--no-merge", dest="merge", action="store_false", help="merge no tokens")
     parser.add_argument(
         "--latency-batch", type=positive, default=1, metavar="N", help="images (default: 1)"
     )
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
             images,
             args.budget,
             pool=args.pool,
+            merge=args.merge,
             pools=args.pools,
             latency_batch=args.latency_batch,
         )
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         with whole_file(args.output.with_suffix(".png")) as work:
             draw_plan(found.found, work, title=f"{loaded.name}, {found.found['budget']}")
     if args.json:
-        print_json({"schedule": found.schedule.text, **found.found})
+        print_json({"schedule": found.schedule.text, "merge": found.merge, **found.found})
     else:
         _show(loaded.name, found, args.output)
     return 0
