@@ -99,19 +99,40 @@ def test_bad_input_is_one_line(data, tmp_path, capsys, arguments, message):
 # --- merge ----------------------------------------------------------------------------------
 
 
-def test_merging_has_the_classes_of_plain_pytorch(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(merge, "COUNTS", (2, 5))
-    arguments = ["--data", str(data), "--output", str(tmp_path / "out"), "--json"]
+def test_merging_has_all_its_parts(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(merge.constant, "COUNTS", (2, 5))
+    monkeypatch.setattr(merge.front, "SIDES", {"197 tokens": 160, "577 tokens": 192})
+    monkeypatch.setattr(merge.front, "MERGED", (0.04, 0.08))
+    monkeypatch.setattr(merge.front, "SHARED", (0, 1))
+    monkeypatch.setattr(merge.speed, "MODELS", {"test_vit": 9})
+    monkeypatch.setattr(merge.speed, "SECONDS", 0.1)
+    folder = ["--data", str(data), "--output", str(tmp_path / "out")]
     with threads(1):
-        assert cli.main(["experiment", "merge", *arguments]) == 0
+        assert cli.main(["experiment", "merge", *folder]) == 0
+        shown = capsys.readouterr().out
+        assert cli.main(["experiment", "merge", *folder, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [row["merge"] for row in found["rows"]] == [2, 5]
-    for row in found["rows"]:
+    parts = found["parts"]
+    rows = parts["constant"]["rows"]
+    assert [row["merge"] for row in rows] == [2, 5] and 1 > rows[0]["flops"] > rows[1]["flops"]
+    for row in rows:
         assert row["same"] == 1 and row["accuracy"] == row["plain_accuracy"]
-        assert set(row["latency"]["8"]) == {"psvit", "plain"}
-    flops = [row["flops"] for row in found["rows"]]
-    assert 1 > flops[0] > flops[1] > 0
+    for tokens, counts in (("197 tokens", [4, 8]), ("577 tokens", [6, 12])):
+        rows = parts[f"sharing, {tokens}"]["rows"]
+        assert [row["merge"] for row in rows] == 2 * counts
+        assert [row["schedule"].count("S") for row in rows] == [0, 0, 1, 1]
+        assert rows[0]["flops"] > rows[2]["flops"] and any(row["on_front"] for row in rows)
+    (row,) = parts["speed"]["rows"]
+    assert set(row["latency"]["8"]) == {"psvit", "plain"} and row["model"] in shown
+    assert "EViT" in shown
+
+
+def test_what_another_row_beats_in_both_is_not_on_the_front():
+    row = {"accuracy": 0.8, "flops": 0.5}
+    for accuracy, flops, beats in ((0.8, 0.5, False), (0.9, 0.5, True), (0.8, 0.4, True),
+                                   (0.9, 0.6, False), (0.7, 0.4, False)):  # fmt: skip
+        assert merge.front._beats({"accuracy": accuracy, "flops": flops}, row) is beats
 
 
 def test_merging_in_plain_pytorch_is_what_psvit_computes():

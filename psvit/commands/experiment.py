@@ -353,35 +353,13 @@ def _convert_cells(row: dict[str, Any], batches: Iterable[str]) -> tuple[str, ..
 def _merge(args: argparse.Namespace) -> tuple[Results, Show]:
     from ..experiments.merge import Settings, check
     from ..experiments.merge import run as run_experiment
+    from .merge_tables import tables
 
     settings = Settings(args.data, device=args.device)
     with bad_input():
         check(settings, args.output)
     with writing("--output"):
-        return run_experiment(settings, args.output), _merge_tables
-
-
-def _merge_tables(results: Results) -> list[Any]:
-    batches = list(results["rows"][0]["latency"])
-    rows = [
-        (
-            str(row["merge"]),
-            *(f"{row[key]:.1%}" for key in ("accuracy", "plain_accuracy", "same")),
-            f"{row['flops']:.3f}",
-            *(f"{row['latency'][b][name]:.3f}" for b in batches for name in ("psvit", "plain")),
-        )
-        for row in results["rows"]
-    ]
-    speeds = [f"latency,\nbatch {b}" if i == 0 else "in plain" for b in batches for i in (0, 1)]
-    return [
-        table(
-            f"ViT-Tiny, tokens merged, {results['report_images']} images",
-            ("r", "accuracy", "in plain", "same class", "FLOPs", *speeds),
-            rows,
-        ),
-        f"r: pairs that every layer merges; in plain: the algorithm in plain PyTorch; FLOPs, "
-        f"latency: parts of the original's, whose accuracy is {results['original']:.1%}",
-    ]
+        return run_experiment(settings, args.output), tables
 
 
 EXPERIMENTS = {

@@ -240,10 +240,14 @@ class Report:
         plain = Schedule(ATTEND * DEPTH).flops(self.model)
         return {
             "schedule": schedule.text,
-            "accuracy": float((found == self.labels).double().mean()),
+            "accuracy": self.accuracy(found),
             "agreement": float((found == self.reference).double().mean()),
             "flops": schedule.flops(self.model, pool=Conversion().pool) / plain,
         }
+
+    def accuracy(self, found: Tensor) -> float:
+        """Of classes, from 0 to 1."""
+        return float((found == self.labels).double().mean())
 
     def latency(self, converted: nn.Module) -> dict[str, float]:
         """By the number of images: part of the original's, in turn with it.
@@ -273,16 +277,26 @@ class Report:
 
 
 @lru_cache(maxsize=1)
-def loaded(data: str, device: str) -> tuple[nn.Module, Tensor, Report]:
-    """The model on the device, images to fit to, and the report on the others."""
-    import timm
+def loaded(data: str, device: str, side: int | None = None) -> tuple[nn.Module, Tensor, Report]:
+    """The model on the device, images to fit to, and the report on the others.
 
+    Where the side isn't the model's own, images are enlarged and positions interpolated.
+    """
+    import timm
+    from timm.layers import resample_abs_pos_embed
+
+    side = side or SIDE
     weights = Path(data) / NAME / "model.safetensors"
-    model = timm.create_model(NAME)
-    fill(model, read_state(weights), weights, NAME)
+    model: Any = timm.create_model(NAME, img_size=side)
+    state = read_state(weights)
+    if side != SIDE:
+        grid = list(model.patch_embed.grid_size)
+        positions = resample_abs_pos_embed(state["pos_embed"].float(), grid, num_prefix_tokens=1)
+        state = {**state, "pos_embed": positions}
+    fill(model, state, weights, NAME)
     labels = Path(data) / "imagenet_val" / "labels.csv"
     files = [labels.parent / name for name in _names(labels)]
-    preprocess = Preprocess((SIDE, SIDE), mean=(0.5,) * 3, std=(0.5,) * 3, crop=1.0)
+    preprocess = Preprocess((side, side), mean=(0.5,) * 3, std=(0.5,) * 3, crop=1.0)
     fit, report = (torch.cat(list(batches(files[part], preprocess, 50))) for part in (FIT, REPORT))
     wanted = torch.tensor(read_labels(labels, files[REPORT]))
     model.eval().to(device)
