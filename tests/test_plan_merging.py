@@ -13,6 +13,7 @@ from surroundings import silent, threads
 
 import psvit
 from psvit import Schedule
+from psvit.calibrate.lockstep import Lockstep
 from psvit.planning import run
 from psvit.planning.costs import Conversion, LayerCosts
 from psvit.planning.front import Scored
@@ -20,7 +21,7 @@ from psvit.planning.merged_costs import MergedFLOPs, MergedLatency, merged_laten
 from psvit.planning.merging import MergeSearch, Merging, combined, moves, scaled
 from psvit.planning.plan import Plan
 from psvit.planning.score import Held
-from psvit.stack import find_stack
+from psvit.stack import find_stack, record_merges
 
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
@@ -257,3 +258,45 @@ def test_merging_that_cannot_be_is_refused_by_name(model, images):
     for merge, message in (([1, 2], "got 2 numbers"), (-1, "got -1 in layer 1")):
         with pytest.raises(ValueError, match=f"^merge: {message}"):
             psvit.calibrate(model, "AASA", images, merge=merge, progress=silent)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "merge"), [("AASS", (3, 2, 4, 1)), ("AA|AS", (0, 0, 3, 2)), ("AAAA", (0, 5, 0, 5))]
+)
+def test_goals_are_means_of_the_tokens_that_became_one(model, images, schedule, merge):
+    x, layer = images[:4], 3
+    fast = psvit.accelerate(model, schedule, pool="stride", size_bias=True, merge=merge).eval()
+    original = psvit.accelerate(model, "AAAA").eval()
+    seen = Lockstep(original, fast).run(x, layer)
+    stack, tokens = find_stack(fast), model._pos_embed(model.patch_embed(x))
+    layouts = stack.layouts(tokens.shape[1])
+    with torch.no_grad(), record_merges(fast) as merges:
+        fast(x)
+        for block in model.blocks:
+            before, tokens = tokens, block(tokens)
+        middle = before + model.blocks[layer].attn(model.blocks[layer].norm1(before))
+        for goal, wanted, merged in (
+            (seen.middle_target, middle, merges[layer - 1]),
+            (seen.after_target, tokens, merges[layer]),
+        ):
+            if "|" in schedule:
+                wanted, _ = stack.pool(0).reduce(wanted, layouts[0])
+            sizes = layouts[-1].counted(wanted)
+            for image, into in enumerate(merged.into):
+                for one in range(goal.shape[1]):
+                    part = into == one
+                    weights = sizes[image, part, None]
+                    mean = (wanted[image, part] * weights).sum(0) / weights.sum()
+                    torch.testing.assert_close(goal[image, one], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pass_that_goes_on_from_kept_tokens_is_the_same(model, images):
+    fast = psvit.accelerate(model, "ASAA", merge=(3, 2, 4, 1)).eval()
+    original = psvit.accelerate(model, "AAAA").eval()
+    kept = Lockstep(original, fast)
+    for layer in range(4):
+        seen = kept.run(images[:4], layer, place=0)
+        fresh = Lockstep(original, fast).run(images[:4], layer)
+        for name in ("tokens", "after", "middle_target", "after_target", "map"):
+            torch.testing.assert_close(getattr(seen, name), getattr(fresh, name))
+    torch.testing.assert_close(seen.after, kept.converted(kept.embed(images[:4])))
