@@ -17,6 +17,7 @@ from merge_cases import (
     random_match,
     table_match,
 )
+from surroundings import threads
 from torch._dynamo.testing import CompileCounter
 
 import psvit_kernels as pk
@@ -78,6 +79,19 @@ def test_of_equal_scores_the_lowest_position_wins(provider):
     assert match.into.tolist() == [[0, 4, 4, 5, 4, 6, 1, 7, 2, 8, 3]]
     assert match.order.tolist() == [[0, 6, 8, 10, 1, 2, 4, 3, 5, 7, 9]]
     assert match.starts.tolist() == [[0, 1, 2, 3, 4, 7, 8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_images_cut_among_threads_match_the_same(batch):
+    metric = normal(batch, 2, 197, 16)
+    metric[:, :, 50:90] = metric[:, :, :1]  # equal scores across the cuts
+    with threads(1):
+        alone = pk.match_tokens(metric, 40, prefix=1)
+    for count in (2, 5, 16):
+        with threads(count):
+            together = pk.match_tokens(metric, 40, prefix=1)
+        for got, want in zip(together, alone, strict=True):
+            assert torch.equal(got, want), count
 
 
 def test_more_pairs_than_there_can_be_are_as_many_as_there_can_be(provider):

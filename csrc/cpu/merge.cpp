@@ -43,6 +43,7 @@ struct EvenSplit {
 struct MatchScratch {
     int64_t ldd;  // channels, in whole vectors
     float *rows, *even, *scores, *best, *partners;
+    uint64_t* ranks;
 
     MatchScratch(const MatchArgs& a, int64_t evens, Arena& arena) : ldd(round_up(a.depth, W)) {
         rows = arena.take((evens < ODD_ROWS ? ODD_ROWS : evens) * ldd);
@@ -50,6 +51,7 @@ struct MatchScratch {
         scores = arena.take(ODD_ROWS * evens);
         best = arena.take(evens);
         partners = arena.take(evens);  // odd tokens, counted from 0: exact in a float up to 2^24
+        ranks = (uint64_t*)arena.take(2 * Side(a, 0).count);
     }
 };
 
@@ -135,12 +137,11 @@ uint64_t rank_of(float score, int64_t position) {
 }
 
 // into, from the best partners in it.
-void join_best(const MatchArgs& a, int64_t* into, const float* scores) {
+void join_best(const MatchArgs& a, int64_t* into, const float* scores, uint64_t* ranks) {
     const Side even(a, 0), odd(a, 1);
-    std::vector<uint64_t> ranks(static_cast<size_t>(even.count));
-    for (int64_t i = 0; i < even.count; i++) ranks[size_t(i)] = rank_of(scores[i], i);
-    auto last = ranks.begin() + a.pairs - 1;  // that joins
-    std::nth_element(ranks.begin(), last, ranks.end(), std::greater<uint64_t>());
+    for (int64_t i = 0; i < even.count; i++) ranks[i] = rank_of(scores[i], i);
+    const uint64_t* last = ranks + a.pairs - 1;  // that joins
+    std::nth_element(ranks, ranks + a.pairs - 1, ranks + even.count, std::greater<uint64_t>());
     const int64_t odds = a.prefix + even.count - a.pairs;
     int64_t next = a.prefix;
     for (int64_t n = 0; n < a.prefix; n++) into[n] = n;
@@ -152,45 +153,46 @@ void join_best(const MatchArgs& a, int64_t* into, const float* scores) {
 }
 
 // order and starts from into.
-void write_tables(const int64_t* into, int64_t tokens, int64_t outputs, int64_t* order,
-                  int64_t* starts) {
+void write_tables(const MatchArgs& a, int64_t b) {
+    const int64_t outputs = a.tokens - a.pairs;
+    const int64_t* into = a.into + b * a.tokens;
+    int64_t *order = a.order + b * a.tokens, *starts = a.starts + b * (outputs + 1);
     std::fill(starts, starts + outputs + 1, 0);
-    for (int64_t n = 0; n < tokens; n++) starts[into[n] + 1]++;
+    for (int64_t n = 0; n < a.tokens; n++) starts[into[n] + 1]++;
     for (int64_t m = 0; m < outputs; m++) starts[m + 1] += starts[m];
-    for (int64_t n = 0; n < tokens; n++) order[starts[into[n]]++] = n;  // now they are ends
+    for (int64_t n = 0; n < a.tokens; n++) order[starts[into[n]]++] = n;  // now they are ends
     std::copy_backward(starts, starts + outputs, starts + outputs + 1);
     starts[0] = 0;
 }
 
-void finish_image(const MatchArgs& a, int64_t b, const float* scores) {
-    int64_t* into = a.into + b * a.tokens;
-    if (a.pairs)
-        join_best(a, into, scores);
-    else
-        std::iota(into, into + a.tokens, 0);
-    const int64_t outputs = a.tokens - a.pairs;
-    write_tables(into, a.tokens, outputs, a.order + b * a.tokens, a.starts + b * (outputs + 1));
+// All tokens stay.
+void match_nothing(const MatchArgs& a) {
+    for (int64_t b = 0; b < a.batch; b++) {
+        std::iota(a.into + b * a.tokens, a.into + (b + 1) * a.tokens, 0);
+        write_tables(a, b);
+    }
 }
 
 template <typename T>
 void match(const MatchArgs& a) {
-    if (a.batch * a.pairs == 0) {
-        for (int64_t b = 0; b < a.batch; b++) finish_image(a, b, nullptr);
-        return;
-    }
+    if (a.batch * a.pairs == 0) return match_nothing(a);
     const int64_t evens = Side(a, 0).count;
     const EvenSplit split(a);
     Arena counter(nullptr);
     MatchScratch(a, split.most(), counter);
-    std::vector<float> scores(size_t(a.batch * evens));
-    std::vector<std::atomic<int64_t>> done(size_t(a.batch));
+    std::vector<float> all_scores(size_t(a.batch * evens));
+    std::vector<std::atomic<int64_t>> done(size_t(a.batch));  // parts of each image
     const auto match_part = [&](int64_t task, float* memory) {
         const int64_t b = task / split.parts, part = task % split.parts;
         const int64_t begin = split.first(part), end = smaller(split.first(part + 1), evens);
+        int64_t* into = a.into + b * a.tokens;
+        float* scores = all_scores.data() + b * evens;
         Arena arena(memory);
-        best_partners<T>(a, b, begin, end, a.into + b * a.tokens, scores.data() + b * evens,
-                         MatchScratch(a, split.most(), arena));
-        if (++done[size_t(b)] == split.parts) finish_image(a, b, scores.data() + b * evens);
+        const MatchScratch s(a, split.most(), arena);
+        best_partners<T>(a, b, begin, end, into, scores, s);
+        if (++done[size_t(b)] < split.parts) return;
+        join_best(a, into, scores, s.ranks);
+        write_tables(a, b);
     };
     parallel_tasks(a.batch * split.parts, a.threads, counter.used, match_part);
 }
