@@ -197,13 +197,10 @@ int64_t* integers(uintptr_t address) { return reinterpret_cast<int64_t*>(address
 // Addresses of into, order and starts.
 using Tables = std::array<uintptr_t, 3>;
 
-void match_tokens(bool is_bfloat16, std::array<int64_t, 6> size, Strided metric, Tables tables,
-                  int threads) {
-    MatchArgs a = {dtype(is_bfloat16), size[0],
-                   size[1],            size[2],
-                   size[3],            size[4],
-                   size[5],            view(metric),
-                   integers(tables[0]), integers(tables[1]),
+void match_tokens(bool is_bfloat16, std::array<int64_t, 6> size, Strided metric, uintptr_t penalty,
+                  Tables tables, int threads) {
+    MatchArgs a = {dtype(is_bfloat16),  size[0], size[1], size[2], size[3], size[4], size[5],
+                   view(metric), floats(penalty), integers(tables[0]), integers(tables[1]),
                    integers(tables[2]), threads};
     py::gil_scoped_release release;
     kernels().match_tokens(a);

@@ -388,12 +388,13 @@ def token_pool_backward(
 # --- match_tokens, merge_tokens ---------------------------------------------------------------
 
 
-def match_tokens(metric, r, prefix):
+def match_tokens(metric, r, prefix, penalty):
     b, h, n, d = metric.shape
     tables = [metric.new_empty(b, size, dtype=torch.int64) for size in (n, n, n - r + 1)]
+    penalty = _float(penalty)
     _native.match_tokens(
         metric.dtype is torch.bfloat16, (b, h, n, d, prefix, r), _strided(metric),
-        [t.data_ptr() for t in tables], torch.get_num_threads(),
+        _address(penalty), [t.data_ptr() for t in tables], torch.get_num_threads(),
     )  # fmt: skip
     return tuple(tables)
 

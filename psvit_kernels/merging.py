@@ -45,7 +45,9 @@ class Merged(NamedTuple):
     normed: Tensor | None
 
 
-def match_tokens(metric: Tensor, r: int, *, prefix: int = 0) -> TokenMatch:
+def match_tokens(
+    metric: Tensor, r: int, *, prefix: int = 0, penalty: Tensor | None = None
+) -> TokenMatch:
     """Pairs the r tokens that are most like another one with it: bipartite soft matching.
 
     Tokens at even positions are compared by cosine with those at odd positions; each finds its
@@ -61,6 +63,8 @@ def match_tokens(metric: Tensor, r: int, *, prefix: int = 0) -> TokenMatch:
             attention, say. Unit stride on the last dimension. No gradient goes through it.
         r: pairs, of which there can be (N - prefix) // 2 at most: more is as good as that.
         prefix: leading tokens (class, distillation, registers).
+        penalty: taken off the score of each even token's pair, `[B, N]`, float32 or the dtype of
+            the metric: what would rather not be merged. No gradient goes through it.
 
     Returns:
         The match, with M = N - r.
@@ -84,8 +88,13 @@ def match_tokens(metric: Tensor, r: int, *, prefix: int = 0) -> TokenMatch:
     prefix = _checked_prefix(prefix, n)
     if r < 0:
         raise ValueError(f"r: got {r}, expected 0 or more")
-    found = torch.ops.psvit_kernels.match_tokens(metric.detach(), min(r, (n - prefix) // 2), prefix)
-    return TokenMatch(*found)
+    if penalty is not None:
+        checks.is_tensor("penalty", penalty, 2, "(B, N)")
+        _check_shape("penalty", penalty, (metric.shape[0], n), "metric")
+        checks.parameter("penalty", penalty, metric.dtype, "metric", metric)
+        penalty = penalty.detach()
+    r = min(r, (n - prefix) // 2)
+    return TokenMatch(*torch.ops.psvit_kernels.match_tokens(metric.detach(), r, prefix, penalty))
 
 
 def select_tokens(
@@ -209,15 +218,15 @@ def _check_match(match: object, x: Tensor) -> None:
             raise ValueError(f"match: is on device {t.device}, expected {x.device} as x")
 
 
-def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], like: str = "x") -> None:
     if tuple(value.shape) != shape:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {shape} as x")
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {shape} as {like}")
 
 
 # --- registration ---------------------------------------------------------------------------
 
 
-def _fake_match(metric, r, prefix):
+def _fake_match(metric, r, prefix, penalty):
     b, _, n, _ = metric.shape
     return _fake_tables(metric, b, n, n - r)
 
@@ -277,8 +286,11 @@ _MERGE = (
     " Tensor? norm_weight, Tensor? norm_bias, float norm_eps"
 )
 
-register("match_tokens(Tensor metric, SymInt r, int prefix) -> (Tensor, Tensor, Tensor)",
-         _fake_match)  # fmt: skip
+register(
+    "match_tokens(Tensor metric, SymInt r, int prefix, Tensor? penalty)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_match,
+)
 register(
     "select_tokens(Tensor scores, SymInt keep, int prefix, bool merge) -> (Tensor, Tensor, Tensor)",
     _fake_select,

@@ -230,7 +230,7 @@ def _pool_backward(kind: str, norm: bool, dtype: torch.dtype = BF16) -> None:
 
 
 def _match(n: int, heads: int, d: int, r: int, dtype: torch.dtype = BF16) -> None:
-    provider.match_tokens(torch.empty(64, heads, n, d, dtype=dtype), r, 1)
+    provider.match_tokens(torch.empty(64, heads, n, d, dtype=dtype), r, 1, torch.empty(64, n))
 
 
 def _merge(c: int, everything: bool, backward: bool, dtype: torch.dtype = BF16) -> None:

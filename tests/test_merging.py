@@ -32,14 +32,15 @@ def scores_of(metric):
     return unit @ unit.transpose(1, 2)
 
 
-def paired(scores, r, prefix):
+def paired(scores, r, prefix, penalty=None):
     """What each token of one image becomes, position by position."""
     n = len(scores)
+    penalty = [0.0] * n if penalty is None else penalty
     if not r:
         return list(range(n))
     even, odd = ([i for i in range(prefix, n) if i % 2 == side] for side in (0, 1))
     best = {i: max(odd, key=lambda j: (scores[i][j], -j)) for i in even} if odd else {}
-    merged = sorted(best, key=lambda i: (-scores[i][best[i]], i))[:r]
+    merged = sorted(best, key=lambda i: (penalty[i] - scores[i][best[i]], i))[:r]
     left = [*range(prefix), *(i for i in even if i not in merged), *odd]
     return [left.index(best[i] if i in merged else i) for i in range(n)]
 
@@ -65,6 +66,21 @@ def test_keys_of_a_fused_projection_are_a_metric(backend):
     assert torch.equal(match.into, want)
     again = pk.match_tokens(k.float().mean(1), 9, prefix=1)
     assert torch.equal(again.into, want)
+
+
+def test_a_penalty_keeps_tokens_from_being_merged(backend):
+    """It counts for the token that would join another, and doesn't change which one that is."""
+    metric = normal(3, 2, 41, 16, dtype=backend.dtype)
+    penalty = normal(3, 41, dtype=F32)
+    penalty[0, 6] = math.inf
+    penalty[2, 10] = math.nan  # below all others, as is the one before
+    match = pk.match_tokens(metric, 9, prefix=1, penalty=penalty)
+    rows = penalty.nan_to_num(nan=math.inf, posinf=math.inf).tolist()
+    want = [paired(s.tolist(), 9, 1, row) for s, row in zip(scores_of(metric), rows, strict=True)]
+    assert torch.equal(match.into, torch.tensor(want))
+    assert not torch.equal(match.into, pk.match_tokens(metric, 9, prefix=1).into)
+    zero = pk.match_tokens(metric, 9, prefix=1, penalty=torch.zeros(3, 41))
+    assert torch.equal(zero.into, pk.match_tokens(metric, 9, prefix=1).into)
 
 
 def test_what_lies_beyond_a_row_is_not_read(provider):
@@ -264,7 +280,9 @@ def test_opcheck(provider):
     backward = (*(a.detach() if isinstance(a, torch.Tensor) else a for a in args), sizes, *grads)
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(OPS.merge_tokens_backward.default, (*backward, False), test_utils=utils)
-    torch.library.opcheck(OPS.match_tokens.default, (normal(2, 3, 12, 8), 4, 1))
+    metric, penalty = normal(2, 3, 12, 8), normal(2, 12)
+    for penalised in (None, penalty):
+        torch.library.opcheck(OPS.match_tokens.default, (metric, 4, 1, penalised))
 
 
 def test_opcheck_of_selection():
@@ -314,6 +332,8 @@ BAD = [
      "prefix: got 7, expected 0 to 6, the number of tokens"),
     (lambda: pk.match_tokens(ones(2, 6, 0), 1), ValueError,
      "metric: got shape (2, 1, 6, 0), expected at least one channel"),
+    (lambda: pk.match_tokens(ones(2, 6, 4), 1, penalty=ones(2, 5)), ValueError,
+     "penalty: got shape (2, 5), expected (2, 6) as metric"),
     (lambda: pk.select_tokens(ones(2, 6), 0), ValueError,
      "keep: got 0, expected 1 to 6, the number of scores"),
     (lambda: pk.select_tokens(ones(2, 6), 7), ValueError,

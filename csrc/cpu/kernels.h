@@ -107,8 +107,9 @@ struct PoolArgs {
 struct MatchArgs {
     Dtype dtype;
     int64_t batch, heads, tokens, depth, prefix, pairs;
-    View metric;  // (B, H, N, d)
-    int64_t* into;    // (B, N)
+    View metric;           // (B, H, N, d)
+    const float* penalty;  // (B, N) or null: taken off the best score of a token
+    int64_t* into;         // (B, N)
     int64_t* order;   // (B, N)
     int64_t* starts;  // (B, M + 1)
     int threads;

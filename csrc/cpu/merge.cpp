@@ -122,8 +122,11 @@ void best_partners(const MatchArgs& a, int64_t b, int64_t begin, int64_t end, in
         keep_best(s, evens, first, rows);
     }
     for (int64_t i = begin; i < end; i++) {
-        scores[i] = s.best[i - begin];
-        into[even.first + 2 * i] = int64_t(s.partners[i - begin]);
+        const int64_t n = even.first + 2 * i;
+        float score = s.best[i - begin];
+        if (a.penalty) score -= a.penalty[b * a.tokens + n];
+        scores[i] = score == score ? score : -INFINITY;
+        into[n] = int64_t(s.partners[i - begin]);
     }
 }
 

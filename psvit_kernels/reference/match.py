@@ -9,18 +9,23 @@ from torch import Tensor
 from ..epilogue import wide
 
 
-def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def match_tokens(
+    metric: Tensor, r: int, prefix: int, penalty: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines of even and odd positions after the prefix; the r best even ones join a partner."""
     unit = F.normalize(wide(metric).mean(1), dim=-1)
     b, n, _ = unit.shape
     position = torch.arange(n, device=unit.device)
-    even, odd = (position[(position >= prefix) & (position % 2 == side)] for side in (0, 1))
+    even, odd = (position[prefix + (prefix + side) % 2 :: 2] for side in (0, 1))
     into = position.repeat(b, 1)
     if not r:
         return _tables(into, n)
     scores = (unit[:, even] @ unit[:, odd].transpose(1, 2)).nan_to_num(nan=-torch.inf)
     best = scores.amax(2)
     partner = _first(scores == best.unsqueeze(2))
+    if penalty is not None:
+        best = best - penalty[:, even].to(best.dtype)
+        best = best.masked_fill(best.isnan(), -torch.inf)
     merged = best.argsort(dim=1, descending=True, stable=True)[:, :r]
     stays = torch.ones_like(best, dtype=torch.bool).scatter(1, merged, False)
     left = len(even) - r

@@ -20,7 +20,9 @@ from .tiles import padded
 # --- match_tokens ---------------------------------------------------------------------------
 
 
-def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def match_tokens(
+    metric: Tensor, r: int, prefix: int, penalty: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     b, h, n, d = metric.shape
     into, order, starts = (
         metric.new_empty(b, size, dtype=torch.int64) for size in (n, n, n - r + 1)
@@ -34,6 +36,7 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, T
     stride_b, stride_h, stride_n, _ = metric.stride()
     arguments = {
         "metric_ptr": metric,
+        "penalty_ptr": None if penalty is None else penalty.contiguous(),
         "best_ptr": metric.new_empty(b, evens, dtype=torch.float32),
         "partner_ptr": metric.new_empty(b, evens, dtype=torch.int32),
         "into_ptr": into,
@@ -86,7 +89,7 @@ def _unit_rows(
 
 @triton.jit
 def _match_kernel(
-    metric_ptr, best_ptr, partner_ptr, into_ptr, order_ptr, starts_ptr,
+    metric_ptr, penalty_ptr, best_ptr, partner_ptr, into_ptr, order_ptr, starts_ptr,
     heads, n, d, r, prefix, first_even, first_odd, evens, odds, stride_b, stride_h, stride_n,
     EVENS: tl.constexpr, ODDS: tl.constexpr, DEPTH: tl.constexpr, SOME: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -118,6 +121,10 @@ def _match_kernel(
             first = tl.min(tl.where(scores == top[:, None], odd[None, :], odds), 1)
             partner = tl.where(top > best, first, partner)
             best = tl.maximum(best, top)
+        if penalty_ptr is not None:
+            penalties = penalty_ptr + image * n + first_even + 2 * even
+            best -= tl.load(penalties, mask=even < evens, other=0.0).to(tl.float32)
+            best = tl.where(best == best, best, float("-inf"))
         tl.store(best_ptr + even, best, mask=even < evens)
         tl.store(partner_ptr + even, partner, mask=even < evens)
     tl.debug_barrier()
