@@ -33,6 +33,7 @@ def accelerate(
     dims: Literal[1, 2] = 2,
     size_bias: bool = False,
     merge: int | Sequence[int] | str = 0,
+    protect: float = 0.0,
     strip: bool = False,
     inplace: bool = False,
 ) -> Model:
@@ -58,6 +59,9 @@ def accelerate(
             layer that leave so much of the FLOPs that the model has without schedule. At most half
             of the patches left can be merged. One number for all leaves out layers before a pool,
             which needs a grid. A map that later layers share follows the tokens.
+        protect: how much what the class token pays to a patch keeps it from being merged: off the
+            cosine of each pair goes this times what is paid to the patch that would join the other,
+            over the mean of all patches. 0: as in Token Merging; 0.1 loses less in trained models.
         strip: drop the Q and K parameters of sharing layers. Saves memory, for deployment: state
             dicts no longer fit the host, and ``restore`` can't bring them back.
         inplace: convert ``model`` itself instead of a copy.
@@ -86,6 +90,7 @@ def accelerate(
         dims=dims,
         size_bias=size_bias,
         merge=merge,
+        protect=protect,
         strip=strip,
         inplace=inplace,
     )
@@ -110,6 +115,7 @@ def convert_quietly(
     dims: Literal[1, 2] = 2,
     size_bias: bool = False,
     merge: int | Sequence[int] | str = 0,
+    protect: float = 0.0,
     strip: bool = False,
     inplace: bool = False,
 ) -> Model:
@@ -123,12 +129,24 @@ def convert_quietly(
     counts = merge_counts(merge, schedule)
     if any(counts) and encoder.whole is not None:
         raise ValueError(f"merge: got {merge}, but {encoder.whole}")
+    if not isinstance(protect, (int, float)) or not 0 <= protect < float("inf"):
+        raise ValueError(f"protect: got {protect!r}, expected a number from 0 up")
+    if protect and not encoder.has_class_token:
+        raise ValueError(f"protect: got {protect}, expected 0 in a model without a class token")
     _pools(encoder, schedule, pool, dims)  # whether they can be made
     if not inplace:
         model = copy.deepcopy(model)
         encoder = adapters.find(model)
     pools = _pools(encoder, schedule, pool, dims)
-    convert(encoder, schedule, pools, size_bias=size_bias, merge=counts, strip=strip)
+    convert(
+        encoder,
+        schedule,
+        pools,
+        size_bias=size_bias,
+        merge=counts,
+        protect=protect,
+        strip=strip,
+    )
     return model
 
 
@@ -238,6 +256,7 @@ def convert(
     *,
     size_bias: bool = False,
     merge: tuple[int, ...] = (),
+    protect: float = 0.0,
     strip: bool = False,
     slimming: Method | None = None,
 ) -> None:
@@ -261,6 +280,7 @@ def convert(
         pools=pools,
         size_bias=size_bias,
         merge=merge,
+        protect=protect,
         slimming=slimming,
     )
     setattr(encoder.owner, encoder.attribute, stack)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from psvit_kernels import AttentionMap, TokenGroups, apply_attention, attention
@@ -204,3 +205,28 @@ class Attention(nn.Module, ABC):
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """`(B, N, H d)` to a `(B, H, N, d)` view."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def class_attention(
+    q: Tensor, k: Tensor, scale: float, prefix: int, bias: Tensor | None = None
+) -> Tensor:
+    """The row of the class token in the map, for patches: softmax(scale q_0 K^T + bias).
+
+    Takes O(H N d): the map isn't made.
+
+    Args:
+        q: queries, `(B, H, N or 1, d)`; the first one is that of the class token.
+        k: keys, `(B, H, N, d)`.
+        scale: of the scores.
+        prefix: leading tokens that are no patches.
+        bias: None, or broadcastable to `(B, H, 1, N)`.
+
+    Returns:
+        `(B, H, N - prefix)`, float32 (float64 for float64).
+
+    Source: EViT, arXiv 2202.07800, section 3.2; Evo-ViT, arXiv 2108.01390, section 3.2.
+    """
+    scores = (scale * q[:, :, :1]) @ k.transpose(2, 3)
+    scores = scores if bias is None else scores + bias
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=wide)[:, :, 0, prefix:]

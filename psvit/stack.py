@@ -8,11 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psvit_kernels import TokenGroups, match_tokens
 
-from .attention import MapSlot
+from .attention import MapSlot, class_attention
 from .block import Block
 from .host import adopt
 from .layout import GridSource, Layout, size_bias
@@ -48,6 +49,7 @@ class Stack(nn.Module):
         size_bias: whether keys of pooled tokens get the log of the number of tokens they stand
             for.
         merge: pairs of tokens that each block merges; none if empty.
+        protect: how much the class token's attention to a patch keeps it from being merged.
         slimming: the method that chooses which tokens go through each block, if there is one; with
             a schedule whose layers all attend.
     """
@@ -73,6 +75,7 @@ class Stack(nn.Module):
         pools: Sequence[Pool],
         size_bias: bool = False,
         merge: Sequence[int] = (),
+        protect: float = 0.0,
         slimming: Method | None = None,
     ) -> None:
         super().__init__()
@@ -87,6 +90,7 @@ class Stack(nn.Module):
         self.grid = grid
         self.size_bias = size_bias
         self.merge = tuple(merge) or (0,) * schedule.depth
+        self.protect = protect
         self.slimming = slimming
         # What a pass asks the schedule, as plain tuples: tracing can't follow cached properties.
         self.stages = tuple(s for s, layers in enumerate(schedule.stages) for _ in layers)
@@ -140,6 +144,7 @@ class Stack(nn.Module):
             pools=[self.pool(i) for i in range(len(schedule.pools))],
             size_bias=self.size_bias,
             merge=self.merge[:count],
+            protect=self.protect,
             slimming=self.slimming,
         )
         stack.training = self.training
@@ -180,6 +185,7 @@ class Stack(nn.Module):
     def extra_repr(self) -> str:
         parts = f'schedule="{self.schedule}", prefix={self.prefix}, size_bias={self.size_bias}'
         parts += f", merge={self.merge}" if any(self.merge) else ""
+        parts += f", protect={self.protect}" if self.protect else ""
         return parts if self.slimming is None else f"{parts}, {self.slimming}"
 
 
@@ -267,13 +273,27 @@ class Flow:
         """x + branch with pairs of tokens merged, and what the norm makes of it."""
         assert slot is not None and slot.keys is not None
         stack, before = self.stack, self.layout(index, x)
-        match = match_tokens(slot.keys, stack.merge[index], prefix=stack.prefix)
+        penalty = self._penalty(index, slot, before, x) if stack.protect else None
+        match = match_tokens(slot.keys, stack.merge[index], prefix=stack.prefix, penalty=penalty)
         assert isinstance(before.sizes, Tensor)
         pairs = IndexMap(match, before.sizes)
         tokens, normed, self.merged[index + 1] = pairs.add_and_reduce(x, branch, norm, before)
         if index + 1 < len(stack) and stack.donors[index + 1] == stack.donors[index]:
             self._follow(index, pairs.groups(), lambda keys: pairs.reduce(keys, before)[0])
         return tokens, normed
+
+    def _penalty(self, index: int, slot: MapSlot, layout: Layout, x: Tensor) -> Tensor:
+        """What keeps tokens from being merged, `(B, N)`: attention of the class token to patches,
+        mean over the heads, in units of its mean over the patches."""
+        prefix = self.stack.prefix
+        if slot.map is not None:
+            row = slot.map.dense()[:, :, 0, prefix:]
+        else:
+            assert slot.query is not None and slot.keys is not None
+            scale, bias = self.stack.block(index).attention_layer.scale, size_bias(layout, x)
+            row = class_attention(slot.query, slot.keys, scale, prefix, bias)
+        paid = row.mean(1, dtype=torch.promote_types(row.dtype, torch.float32))
+        return F.pad(self.stack.protect * paid / paid.mean(1, keepdim=True), (prefix, 0)).detach()
 
     def layout(self, index: int, x: Tensor) -> Layout:
         """What the tokens are that enter a block, image by image."""

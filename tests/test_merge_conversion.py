@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), hosts.ignore_schedule_warni
 EXACT = dict(rtol=0, atol=2e-5)
 
 
-def pairs(metric, r):
+def pairs(metric, r, penalty):
     """Of one image, the tokens that join another: (even positions, odd positions), class token 0.
 
     Written after the paper's appendix: the best partner of each even token, the r best of those.
@@ -32,6 +32,7 @@ def pairs(metric, r):
     scores = unit[::2] @ unit[1::2].T
     scores[0] = -torch.inf
     best, partner = scores.max(1)
+    best = best - penalty[::2]
     joins = best.argsort(descending=True)[:r]
     return [(2 * int(i), 2 * int(partner[i]) + 1) for i in joins]
 
@@ -55,7 +56,7 @@ def followed_by_hand(p, keys, sizes, joins):
     return means @ p @ members.T, means @ keys
 
 
-def by_hand(model, image, counts, schedule="AAAA"):
+def by_hand(model, image, counts, schedule="AAAA", protect=0.0):
     """A timm ViT on one image, its tokens merged after each attention; weights as in the model."""
     x = model._pos_embed(model.patch_embed(image[None]))[0]
     sizes = torch.ones(len(x))
@@ -69,7 +70,8 @@ def by_hand(model, image, counts, schedule="AAAA"):
             keys = k.mean(0)
         x = x + attn.proj((p @ v).transpose(0, 1).flatten(1))
         if r:
-            joins = pairs(keys, r)
+            paid = p[:, 0].mean(0)
+            joins = pairs(keys, r, protect * paid / paid[1:].mean())
             p, keys = followed_by_hand(p, keys, sizes, joins)
             x, sizes = merged_by_hand(x, sizes, joins)
         x = x + block.mlp(block.norm2(x))
@@ -78,13 +80,32 @@ def by_hand(model, image, counts, schedule="AAAA"):
 
 @pytest.mark.parametrize("counts", [(6, 6, 6, 6), (0, 13, 0, 5), (32, 16, 8, 4)], ids=str)
 @pytest.mark.parametrize("schedule", ["AAAA", "ASSS", "ASAS"])
-def test_outputs_are_those_of_the_paper(counts, schedule):
+@pytest.mark.parametrize("protect", [0.0, 0.3])
+def test_outputs_are_those_of_the_paper(counts, schedule, protect):
     """Where layers share, with the map and the keys carried over to the tokens left."""
     model, x = hosts.timm_vit().double(), hosts.images().double()
-    fast = psvit.accelerate(model, schedule, merge=counts)
+    fast = psvit.accelerate(model, schedule, merge=counts, protect=protect)
     with torch.no_grad():
-        want = torch.stack([by_hand(model, image, counts, schedule) for image in x])
+        want = torch.stack([by_hand(model, image, counts, schedule, protect) for image in x])
         torch.testing.assert_close(fast(x), want, rtol=1e-8, atol=1e-8)
+
+
+def test_what_the_class_token_looks_at_is_protected():
+    """So much that only what it looks at least is merged."""
+    fast, x = (
+        psvit.accelerate(hosts.timm_vit(), "AAAA", merge=(9, 0, 0, 0), protect=1e6),
+        hosts.images(),
+    )
+    with psvit.record_maps(fast) as maps, psvit.record_merges(fast) as merges, torch.no_grad():
+        fast(x)
+    paid, into = maps[0][:, :, 0].mean(1)[:, 2::2], merges[0].into
+    joined = torch.zeros_like(into, dtype=torch.bool)
+    for image, row in enumerate(into.tolist()):
+        for n in range(2, len(row), 2):
+            joined[image, n] = row.count(row[n]) > 1
+    joined = joined[:, 2::2]
+    assert joined.sum(1).tolist() == [9, 9]
+    assert (paid[joined].view(2, 9).amax(1) < paid[~joined].view(2, -1).amin(1)).all()
 
 
 def test_without_pairs_it_is_the_host():
@@ -113,7 +134,8 @@ def test_every_host_gets_as_many_tokens_as_are_left(make):
 
 
 def converted(schedule="AASA", **options):
-    return psvit.accelerate(hosts.timm_vit(), schedule, merge=(3, 0, 4, 5), **options).eval()
+    options = {"merge": (3, 0, 4, 5), "protect": 0.1, **options}
+    return psvit.accelerate(hosts.timm_vit(), schedule, **options).eval()
 
 
 def test_it_survives_copies_pickling_and_state_dicts():
@@ -121,7 +143,7 @@ def test_it_survives_copies_pickling_and_state_dicts():
     want = fast(x)
     for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert torch.equal(again(x), want)
-    other = psvit.accelerate(hosts.timm_vit(), "AASA", merge=(3, 0, 4, 5))
+    other = converted()
     other.load_state_dict(fast.state_dict())
     assert torch.equal(other(x), want)
 
@@ -259,6 +281,7 @@ BAD = [
     (dict(merge=1.5), TypeError, "merge: got 1.5, expected an integer or one for each layer"),
     (dict(merge=[1, 1, 1, None]), TypeError,
      "merge: got [1, 1, 1, None], expected an integer or one for each layer"),
+    (dict(merge=3, protect=-0.1), ValueError, "protect: got -0.1, expected a number from 0 up"),
     (dict(merge="half"), ValueError,
      'merge: got "half", expected a part of the FLOPs above 0, as "0.57"'),
     (dict(merge="0"), ValueError,
@@ -267,6 +290,13 @@ BAD = [
      "merge: got 3 in layer 1, expected 0 before the pool in front of layer 3: merged tokens have "
      "no grid"),
 ]  # fmt: skip
+
+
+def test_only_a_class_token_can_protect():
+    model = hosts.timm_vit(class_token=False, global_pool="avg")
+    message = r"^protect: got 0.1, expected 0 in a model without a class token$"
+    with pytest.raises(ValueError, match=message):
+        psvit.accelerate(model, "AAAA", merge=3, protect=0.1)
 
 
 @pytest.mark.parametrize(("options", "error", "message"), BAD, ids=[row[2] for row in BAD])

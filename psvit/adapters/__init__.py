@@ -74,6 +74,10 @@ class Encoder:
     heads: list[tuple[nn.Module, Callable[[int], int]]] = field(default_factory=list)
 
     @property
+    def has_class_token(self) -> bool:
+        return bool(getattr(self.host, "has_class_token", self.prefix > 0))
+
+    @property
     def container(self) -> nn.Module:
         return getattr(self.owner, self.attribute)
 

@@ -1,8 +1,8 @@
 """Methods that choose or make the tokens of each layer by the image: EViT, Evo-ViT, SiT."""
 
+from ..attention import class_attention
 from .convert import evit, evo_vit, sit
 from .query_pool import QueryPool, Recovery
-from .scores import class_attention
 from .selection import select_patches, slow_and_fast, updated_scores
 from .training import Recalibration, SecondHead, begin_epoch
 

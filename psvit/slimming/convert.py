@@ -150,7 +150,7 @@ def _slimmed(model: Model, method: Method, inplace: bool) -> Model:
 
 def _with_class_token(model: nn.Module) -> Encoder:
     encoder = find_unconverted(model)
-    if not getattr(encoder.host, "has_class_token", encoder.prefix > 0):
+    if not encoder.has_class_token:
         raise ValueError(
             f"model: got {type(encoder.host).__name__} without a class token, expected one: its "
             f"attention tells which patches matter"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..attention import MapSlot
-from .scores import class_attention
+from ..attention import MapSlot, class_attention
 
 if TYPE_CHECKING:
     from ..stack import Flow

@@ -1,30 +1,9 @@
-"""How much the class token attends to each patch: the score by which patches are kept."""
+"""Scores by which patches are kept must be numbers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def class_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
-    """The row of the class token in the map, for patches: softmax(scale q_0 K^T).
-
-    Takes O(H N d): the map isn't made.
-
-    Args:
-        q: queries, `(B, H, N or 1, d)`; the first one is that of the class token.
-        k: keys, `(B, H, N, d)`.
-        scale: of the scores.
-        prefix: leading tokens that are no patches.
-
-    Returns:
-        `(B, H, N - prefix)`, float32 (float64 for float64).
-
-    Source: EViT, arXiv 2202.07800, section 3.2; Evo-ViT, arXiv 2108.01390, section 3.2.
-    """
-    scores = (scale * q[:, :, :1]) @ k.transpose(2, 3)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=wide)[:, :, 0, prefix:]
 
 
 def check_scores(scores: Tensor, layer: int) -> None:
