@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import hosts
 import pytest
@@ -18,7 +19,7 @@ from psvit.planning import run
 from psvit.planning.costs import Conversion, LayerCosts
 from psvit.planning.front import Scored
 from psvit.planning.merged_costs import MergedFLOPs, MergedLatency, merged_latency
-from psvit.planning.merging import MergeSearch, Merging, combined, moves, scaled
+from psvit.planning.merging import PROTECT, MergeSearch, Merging, combined, moves, scaled
 from psvit.planning.plan import Plan
 from psvit.planning.score import Held
 from psvit.stack import find_stack, record_merges
@@ -87,22 +88,24 @@ def test_the_search_finds_a_shape_that_loses_less_than_an_even_one(model, images
 
     def error(shape):
         counts = scaled(PLAIN, shape, cost, 0.7)
-        return held.score(HOW.apply(model, PLAIN, counts)).error
+        how = replace(HOW, protect=merging.protect)
+        return held.score(how.apply(model, PLAIN, counts)).error
 
     best = error(merging.shape)
     assert best < error((1,) * 4)
+    assert merging.protect in (0.0, *PROTECT)
     at = cost(PLAIN, scaled(PLAIN, merging.shape, cost, 0.7))
     assert merging.error(at) == pytest.approx(best, rel=1e-5) and merging.error(1.0) == 0
 
 
 def test_errors_are_interpolated():
-    merging = Merging((1.0,), (0.5, 0.7, 1.0), (0.4, 0.3, 0.0))
+    merging = Merging((1.0,), 0.0, (0.5, 0.7, 1.0), (0.4, 0.3, 0.0))
     assert merging.error(0.6) == pytest.approx(0.35) and merging.error(0.85) == pytest.approx(0.15)
 
 
 def test_schedules_merge_as_much_as_brings_them_to_the_bound(model):
     cost = MergedFLOPs(model, HOW)
-    merging = Merging((1.0,) * 4, (0.5, 1.0), (0.5, 0.0))
+    merging = Merging((1.0,) * 4, 0.0, (0.5, 1.0), (0.5, 0.0))
     texts = {"AAAA": 0.0, "AASA": 0.001, "ASAA": 0.9, "A|AAA": 0.0}
     found = [Scored(loss, cost(Schedule(t), ()), Schedule(t)) for t, loss in texts.items()]
     best = combined(found, merging, cost, 0.8, 2)
@@ -300,3 +303,16 @@ def test_a_pass_that_goes_on_from_kept_tokens_is_the_same(model, images):
         for name in ("tokens", "after", "middle_target", "after_target", "map"):
             torch.testing.assert_close(getattr(seen, name), getattr(fresh, name))
     torch.testing.assert_close(seen.after, kept.converted(kept.embed(images[:4])))
+
+
+def test_a_plan_protects_as_its_file_says(model, images, tmp_path):
+    counts = (3, 3, 3, 3)
+    converted = psvit.accelerate(model, PLAIN, merge=counts, protect=0.2)
+    options = {"schedule": PLAIN, "pool": "max", "dims": 2, "size_bias": True}
+    plan = Plan.of(model, converted, merge=counts, protect=0.2, **options)
+    plan.save(tmp_path / "plan.json")
+    applied = Plan.load(tmp_path / "plan.json").apply(model)
+    assert find_stack(applied).protect == 0.2
+    x = images[:4]
+    assert torch.equal(applied(x), converted(x))
+    assert not torch.equal(applied(x), psvit.accelerate(model, PLAIN, merge=counts)(x))

@@ -51,6 +51,7 @@ def calibrate(
     dims: Literal[1, 2] = 2,
     size_bias: bool = True,
     merge: int | Sequence[int] | str = 0,
+    protect: float = 0.0,
     ridge: float | None = None,
     prefix_weight: float = PREFIX_WEIGHT,
     batch: int = 32,
@@ -75,8 +76,8 @@ def calibrate(
     times.
 
     Args:
-        model, schedule, pool, dims, size_bias, merge: as for ``psvit.accelerate``; the model is
-            copied.
+        model, schedule, pool, dims, size_bias, merge, protect: as for ``psvit.accelerate``; the
+            model is copied.
         images: `(B, channels, height, width)`, normalised as the model expects, or batches of
             them that can be read again and again in the same order: a list, a DataLoader that
             gives tensors and doesn't shuffle. One in ten is held out while it is decided how and
@@ -106,7 +107,7 @@ def calibrate(
     ridges = RIDGES if ridge is None else (ridge,)
     _check_above_zero(ridge=ridges[0], prefix_weight=prefix_weight)
     check_number("batch", batch, 1)
-    fast, original = _both(model, schedule, pool, dims, size_bias, merge)
+    fast, original = _both(model, schedule, pool, dims, size_bias, merge, protect)
     lockstep = Lockstep(original, fast)
     source = Images(images, batch)
     convert = partial(convert_quietly, model, pool=pool, dims=dims, size_bias=size_bias)
@@ -141,9 +142,11 @@ def _both(
     dims: Literal[1, 2],
     size_bias: bool,
     merge: int | Sequence[int] | str = 0,
+    protect: float = 0.0,
 ) -> tuple[Model, Model]:
     """A converted copy of a model, and one as it is, in eval mode, of the same kind of blocks."""
-    fast = convert_quietly(model, schedule, pool=pool, dims=dims, size_bias=size_bias, merge=merge)
+    how: dict[str, Any] = {"pool": pool, "dims": dims, "size_bias": size_bias}
+    fast = convert_quietly(model, schedule, merge=merge, protect=protect, **how)
     return fast, convert_quietly(model, ATTEND * len(find_stack(fast))).eval()
 
 
@@ -256,14 +259,15 @@ def fewest_images(
     pool: Kind = "conv",
     dims: Literal[1, 2] = 2,
     size_bias: bool = True,
+    protect: float = 0.0,
 ) -> int:
     """How many images ``calibrate`` needs at least, those that it holds out among them.
 
     Args:
-        model, schedule, pool, dims, size_bias: as for ``calibrate``.
+        model, schedule, pool, dims, size_bias, protect: as for ``calibrate``.
         image: one, `(1, channels, height, width)`.
     """
-    fast, original = _both(model, schedule, pool, dims, size_bias)
+    fast, original = _both(model, schedule, pool, dims, size_bias, protect=protect)
     lockstep = Lockstep(original, fast)
     return _fewest(lockstep, _corrections(lockstep.converted)[0], image)
 

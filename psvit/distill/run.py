@@ -119,6 +119,7 @@ class Course:
             dims=source.dims,
             size_bias=source.size_bias,
             merge=source.merge,
+            protect=source.protect,
             progress=progress,
         )
         return converted.eval()

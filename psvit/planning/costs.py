@@ -27,6 +27,7 @@ class Conversion:
     pool: Kind = "conv"
     dims: Literal[1, 2] = 2
     size_bias: bool = True
+    protect: float = 0.0
 
     def apply(self, model: nn.Module, schedule: Schedule, merge: Counts = ()) -> nn.Module:
         """A converted copy, in eval mode."""

@@ -22,6 +22,8 @@ from .score import Held
 
 #: Parts of the original's cost at which it is found out what merging loses.
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+#: How much of the class token's attention protects a patch: as much as loses least.
+PROTECT = (0.05, 0.1, 0.2)
 #: The one at which the shape is searched, if a budget names none.
 MIDDLE = 0.6
 #: Neighbouring layers, so many groups of them (0: each layer alone), that are tried with more
@@ -35,11 +37,13 @@ class Merging:
 
     Args:
         shape: how much of it each layer does, in any unit.
+        protect: as for ``psvit.accelerate``.
         costs, errors: error of the class scores at parts of the original's cost, ascending, while
             every layer attends.
     """
 
     shape: tuple[float, ...]
+    protect: float
     costs: tuple[float, ...]
     errors: tuple[float, ...]
 
@@ -62,7 +66,8 @@ class MergeSearch:
         self.schedule = Schedule(ATTEND * len(adapters.find(model).layers))
         self.trial = how.apply(model, self.schedule)
         self.images, self.cost = images, cost
-        self.trials = len(moves(self.schedule.depth)) + 1 + len(LEVELS)
+        self.protect = PROTECT if adapters.find(model).has_class_token else ()
+        self.trials = len(moves(self.schedule.depth)) + 1 + len(self.protect) + len(LEVELS)
 
     def run(self, bound: float, step: Callable[[float], object]) -> Merging:
         """The shape that loses least at one cost, and what it loses at others.
@@ -72,15 +77,23 @@ class MergeSearch:
             step: called with 1 after each of ``trials``.
         """
 
+        stack = find_stack(self.trial)
+
         def error(shape: Sequence[float], bound: float) -> Scored:
             counts = scaled(self.schedule, shape, self.cost, bound)
-            find_stack(self.trial).merge = counts
+            stack.merge = counts
             found = self.images.score(self.trial).error
             step(1)
             return Scored(found, self.cost(self.schedule, counts), self.schedule, counts)
 
         shape = (1.0,) * self.schedule.depth
-        best = error(shape, bound)
+        best, protect = error(shape, bound), stack.protect
+        for part in self.protect:
+            stack.protect = part
+            tried = error(shape, bound)
+            if tried.loss < best.loss:
+                best, protect = tried, part
+        stack.protect = protect
         for layers, factor in moves(self.schedule.depth):
             other = tuple(w * factor if i in layers else w for i, w in enumerate(shape))
             tried = error(other, bound)
@@ -88,7 +101,7 @@ class MergeSearch:
                 shape, best = other, tried
         found = {one.cost: one.loss for one in (best, *(error(shape, part) for part in LEVELS))}
         costs, errors = zip(*sorted({**found, 1.0: 0.0}.items()), strict=True)
-        return Merging(shape, costs, errors)
+        return Merging(shape, protect, costs, errors)
 
 
 def moves(depth: int) -> list[tuple[range, float]]:
@@ -127,16 +140,20 @@ def _spread(parts: Sequence[float], patches: int, pairs: int) -> Counts:
 def combined(
     found: Sequence[Scored], merging: Merging, cost: MergedFLOPs, bound: float, count: int
 ) -> list[Scored]:
-    """Of schedules that cost more than a bound some that, merging too, should lose least.
+    """Of schedules that cost more than a bound those that, merging too, should lose least.
 
     What they lose is taken to add up: a schedule, and the merging that leaves so much of its cost.
+    So many meet the bound, if there are; with them come those that should lose less but don't.
     """
 
     def predicted(one: Scored) -> float:
         return one.loss + merging.error(bound / one.cost)
 
-    made = []
-    for one in sorted((one for one in found if one.cost > bound), key=predicted)[:count]:
+    made: list[Scored] = []
+    for one in sorted((one for one in found if one.cost > bound), key=predicted):
         counts = scaled(one.schedule, merging.shape, cost, bound)
         made.append(Scored(predicted(one), cost(one.schedule, counts), one.schedule, counts))
+        # After a late pool there is too little to merge.
+        if sum(other.cost <= bound for other in made) == count:
+            break
     return made

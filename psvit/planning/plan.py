@@ -32,6 +32,7 @@ class Plan:
         schedule: of the converted model.
         pool, dims, size_bias: as for ``psvit.accelerate``.
         merge: pairs of tokens that each layer merges.
+        protect: as for ``psvit.accelerate``.
         corrections: parameters that differ from the original's, by name.
         shapes: of every parameter and buffer of the original, by name: what it fits.
         found: numbers and remarks about it, plain values; for people and programs.
@@ -42,6 +43,7 @@ class Plan:
     dims: Literal[1, 2]
     size_bias: bool
     merge: tuple[int, ...]
+    protect: float
     corrections: Mapping[str, Tensor]
     shapes: Mapping[str, tuple[int, ...]]
     found: Mapping[str, Any] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Plan:
         dims: Literal[1, 2],
         size_bias: bool,
         merge: int | Sequence[int] = 0,
+        protect: float = 0.0,
         found: Mapping[str, Any] | None = None,
     ) -> Plan:
         """From a model and its conversion, whose weights may have been corrected or tuned."""
@@ -68,7 +71,8 @@ class Plan:
         }
         shapes = {name: tuple(value.shape) for name, value in before.items()}
         counts = merge_counts(merge, schedule)
-        return cls(schedule, pool, dims, size_bias, counts, changed, shapes, dict(found or {}))
+        how = (schedule, pool, dims, size_bias, counts, protect)
+        return cls(*how, changed, shapes, dict(found or {}))
 
     def with_weights(
         self, original: nn.Module, converted: nn.Module, found: Mapping[str, Any]
@@ -82,6 +86,7 @@ class Plan:
             dims=self.dims,
             size_bias=self.size_bias,
             merge=self.merge,
+            protect=self.protect,
             found=found,
         )
 
@@ -102,6 +107,7 @@ class Plan:
             dims=self.dims,
             size_bias=self.size_bias,
             merge=self.merge,
+            protect=self.protect,
         )
         state = converted.state_dict()
         converted.load_state_dict({**state, **self.corrections})
@@ -201,6 +207,7 @@ class Plan:
             "dims": self.dims,
             "size_bias": self.size_bias,
             "merge": self.merge,
+            "protect": self.protect,
             "found": self.found,
             "shapes": self.shapes,
         }

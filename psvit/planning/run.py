@@ -182,10 +182,13 @@ class Planner:
         return self.held.score(converted).error
 
     def merging(self, cost: MergedFLOPs, bound: float) -> Merging:
-        """How merging is spread best over the layers, where it leaves so much of the cost."""
+        """How tokens are merged best, where that leaves so much of the cost; from now on they are
+        protected as it says."""
         search = MergeSearch(self.model, self.how, Held(self.model, self.images[:SEARCHED]), cost)
         with self.progress("merging", search.trials) as step:
-            return search.run(bound, step)
+            merging = search.run(bound, step)
+        self.how = replace(self.how, protect=merging.protect)
+        return merging
 
     def best(self, candidates: list[Scored]) -> Tried:
         """Of some candidates that which loses least when it is made."""
