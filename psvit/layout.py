@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .constants import made_once
+
 
 class Layout(NamedTuple):
     """What the tokens of a sequence are: those of a grid, or M that these became part of.
@@ -52,7 +54,7 @@ class Layout(NamedTuple):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self.sizes is None:
             return torch.ones(x.shape[:2], dtype=dtype, device=x.device)
-        return torch.tensor(self.sizes, dtype=dtype, device=x.device).repeat(len(x), 1)
+        return _tensor(self.sizes, dtype, x.device).repeat(len(x), 1)
 
     def merged(self, into: Tensor, sizes: Tensor) -> Layout:
         """Once its M tokens became others.
@@ -78,15 +80,21 @@ class Layout(NamedTuple):
         return cells.masked_fill(into < 0, 0)
 
 
-_biases: dict[tuple, Tensor] = {}
+@made_once
+def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@made_once
+def _logs(sizes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([math.log(size) for size in sizes], dtype=dtype, device=device)
 
 
 def size_bias(layout: Layout, like: Tensor) -> Tensor | None:
     """The log of each token's size, to add to the scores of its key, so that it draws as much
     attention as that many equal tokens would: `(N,)`, None if all are 1; or `(B, 1, 1, M)`.
 
-    What is the same for all images is made once for each layout, dtype and device: no copy from
-    host to device, no synchronisation.
+    What is the same for all images is made once for each layout, dtype and device.
 
     Source: Token Merging, arXiv 2210.09461, section 3 (proportional attention).
     """
@@ -95,18 +103,7 @@ def size_bias(layout: Layout, like: Tensor) -> Tensor | None:
         return sizes.log().to(like.dtype)[:, None, None, :]
     if sizes is None or all(size == 1.0 for size in sizes):
         return None
-    if torch.compiler.is_compiling():  # a constant of the graph, which must not leave it
-        return _log(sizes, like)
-    key = (sizes, like.dtype, like.device)
-    if key not in _biases:
-        with torch.inference_mode(False):  # one made in inference mode would be no good elsewhere
-            _biases[key] = _log(sizes, like)
-    return _biases[key]
-
-
-def _log(sizes: tuple[float, ...], like: Tensor) -> Tensor:
-    logs = [math.log(size) for size in sizes]
-    return torch.tensor(logs, dtype=like.dtype, device=like.device)
+    return _logs(sizes, like.dtype, like.device)
 
 
 class GridSource(threading.local):

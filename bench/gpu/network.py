@@ -14,6 +14,7 @@ from torch.nn.attention import sdpa_kernel
 
 from psvit import Schedule
 from psvit.accelerate import convert_quietly
+from psvit.experiments.merge.plain import Plain
 from psvit.schedule import ATTEND
 from psvit_kernels import use
 
@@ -70,11 +71,7 @@ def _plan(host: Any, form: str) -> tuple[Schedule, int]:
 
 def _baseline(host: nn.Module, name: str) -> Callable:
     kind, _, which = name.partition("/")
-    if kind != "plain":
-        return _pinned(host, which)
-    from psvit.experiments.merge.plain import Plain
-
-    return compiled(Plain(host, int(which)))
+    return compiled(Plain(host, int(which))) if kind == "plain" else _pinned(host, which)
 
 
 def _pinned(host: nn.Module, name: str) -> Callable:
