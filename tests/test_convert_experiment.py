@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import hosts
@@ -101,9 +102,13 @@ def test_bad_input_is_one_line(data, tmp_path, capsys, arguments, message):
 
 def test_merging_has_all_its_parts(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(merge.constant, "COUNTS", (2, 5))
-    monkeypatch.setattr(merge.front, "SIDES", {"197 tokens": 160, "577 tokens": 192})
+    monkeypatch.setattr(merge.planned, "BUDGETS", ("flops<=0.8",))
+    monkeypatch.setattr(merge.planned, "STEPS", 2)
+    monkeypatch.setattr(merge.planned, "plan", partial(psvit.plan, longest=1, pools=0))
+    sizes = {"197 tokens": (160, 64, (0, 1)), "577 tokens": (192, 48, (0, 1))}
+    sizes = {name: merge.front.Size(*size) for name, size in sizes.items()}
+    monkeypatch.setattr(merge.front, "SIZES", sizes)
     monkeypatch.setattr(merge.front, "MERGED", (0.04, 0.08))
-    monkeypatch.setattr(merge.front, "SHARED", (0, 1))
     monkeypatch.setattr(merge.speed, "MODELS", {"test_vit": 9})
     monkeypatch.setattr(merge.speed, "SECONDS", 0.1)
     folder = ["--data", str(data), "--output", str(tmp_path / "out")]
@@ -118,6 +123,10 @@ def test_merging_has_all_its_parts(data, tmp_path, capsys, monkeypatch):
     assert [row["merge"] for row in rows] == [2, 5] and 1 > rows[0]["flops"] > rows[1]["flops"]
     for row in rows:
         assert row["same"] == 1 and row["accuracy"] == row["plain_accuracy"]
+    rows = parts["planned"]["rows"]
+    assert [row["name"] for row in rows] == ["flops<=0.8", "flops<=0.8, distilled"]
+    for row in rows:
+        assert row["flops"] <= 0.8 and len(row["merge"]) == 6
     for tokens, counts in (("197 tokens", [4, 8]), ("577 tokens", [6, 12])):
         rows = parts[f"sharing, {tokens}"]["rows"]
         assert [row["merge"] for row in rows] == 2 * counts

@@ -13,6 +13,7 @@ def tables(results: Results) -> list[Any]:
     """Of each part a table, and what its words mean."""
     parts = results["parts"]
     found = [*_constant(parts["constant"], results["report_images"])]
+    found.append(_planned(parts["planned"]))
     for name, part in parts.items():
         if name.startswith("sharing"):
             found.append(_front(name, part))
@@ -49,6 +50,24 @@ def _constant(part: Results, images: int) -> tuple[Any, str]:
         f"r: pairs that every layer merges; in plain: the algorithm in plain PyTorch; FLOPs, "
         f"latency: parts of the original's, whose accuracy is {part['original']:.1%}",
     )
+
+
+def _planned(part: Results) -> Any:
+    rows = [
+        (
+            row["name"],
+            row["schedule"],
+            " ".join(map(str, row["merge"])),
+            f"{row['protect']:g}",
+            f"{row['accuracy']:.1%}",
+            f"{row['flops']:.3f}",
+            f"{row['seconds']:.0f}",
+        )
+        for row in part["rows"]
+    ]
+    header = ("", "schedule", "merged in each layer", "protect", "accuracy", "FLOPs", "seconds")
+    title = f"As psvit.plan chooses by other images; the original has {part['original']:.1%}"
+    return table(title, header, rows, left=3)
 
 
 def _front(name: str, part: Results) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,14 +13,20 @@ from ...planning.score import Held, split
 from ...schedule import ATTEND, SHARE, Schedule
 from .. import convert
 
-#: Pixels of a side, by the name of the part: 197 and 577 tokens.
-SIDES = {"197 tokens": 224, "577 tokens": 384}
-#: To fit to and to choose by; fewer where each takes longer.
-IMAGES = {"197 tokens": 400, "577 tokens": 200}
+
+class Size(NamedTuple):
+    """Pixels of a side, images to fit to (fewer where each takes longer), and numbers of layers
+    that share a map which follows the tokens."""
+
+    side: int
+    images: int
+    shared: tuple[int, ...]
+
+
+#: By the name of the part.
+SIZES = {"197 tokens": Size(224, 400, (0, 1, 3)), "577 tokens": Size(384, 200, (0, 1))}
 #: Pairs that every layer merges, as a part of the tokens at the input: 8, 13, 16 and 20 of 197.
 MERGED = (0.041, 0.066, 0.081, 0.102)
-#: Layers that share a map which follows the tokens.
-SHARED = (0, 1, 3)
 #: Merged while it is found out which layers should share.
 USUAL = MERGED[1]
 
@@ -28,32 +34,39 @@ Step = Callable[[float], object]
 
 
 def rows(
-    model: Any, images: Tensor, report: convert.Report, step: Step = lambda part: None
+    model: Any,
+    images: Tensor,
+    report: convert.Report,
+    prices: dict[int, float],
+    shared: Sequence[int],
+    step: Step = lambda part: None,
 ) -> list[dict[str, Any]]:
     """For each number of sharing layers and each number of pairs accuracy and FLOPs.
 
     Layers that share are corrected in closed form on ``images``, without labels. ``on_front`` says
     whether no other row has as few FLOPs and as good an accuracy.
+
+    Args:
+        prices: of layers, from ``prices``: the cheapest share.
+        shared: numbers of sharing layers.
     """
-    tokens = 1 + model.patch_embed.num_patches
-    counts = [round(part * tokens) for part in MERGED]
-    prices = _prices(model, images, round(USUAL * tokens), step)
+    counts = [round(part * tokens(model)) for part in MERGED]
     found = []
-    for shared in SHARED:
-        schedule = _sharing(prices, shared)
+    for count in shared:
+        schedule = _sharing(prices, count)
         for r in counts:
             fast = _merged(model, schedule, r, images)
             row = report.row(schedule, fast)
-            found.append({**row, "shared": shared, "merge": r, "flops": _flops(model, schedule, r)})
+            found.append({**row, "shared": count, "merge": r, "flops": _flops(model, schedule, r)})
             step(1)
     for row in found:
         row["on_front"] = not any(_beats(other, row) for other in found)
     return found
 
 
-def steps() -> int:
-    """How often ``rows`` calls its step."""
-    return convert.DEPTH - 1 + len(SHARED) * len(MERGED)
+def tokens(model: Any) -> int:
+    """At the input."""
+    return 1 + model.patch_embed.num_patches
 
 
 def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -61,11 +74,12 @@ def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return better[0] != better[1] and all(a >= b for a, b in zip(*better, strict=True))
 
 
-def _prices(model: nn.Module, images: Tensor, r: int, step: Step) -> dict[int, float]:
+def prices(model: nn.Module, images: Tensor, step: Step = lambda part: None) -> dict[int, float]:
     """For each layer but the first: error that sharing adds beside merging, per FLOPs it saves.
 
     Each is corrected on some images and scored on the others.
     """
+    r = round(USUAL * tokens(model))
     some, held_out = split(images)
     held = Held(model, held_out)
     plain = _sharing({}, 0)

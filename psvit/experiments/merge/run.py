@@ -12,7 +12,7 @@ from typing import Any
 from ...console import progress as console_progress
 from .. import convert, slim
 from ..runs import Found, Progress, about, all_runs, check_folder, write_json
-from . import constant, front, speed
+from . import constant, front, planned, speed
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,22 @@ def _constant(settings: Settings) -> Found:
     return {"original": report.accuracy(report.reference), "rows": constant.rows(model, report)}
 
 
+def _planned(settings: Settings) -> Found:
+    model, images, report = convert.loaded(settings.data, settings.device)
+    original = report.accuracy(report.reference)
+    return {"original": original, "rows": planned.rows(model, images, report)}
+
+
 def _front(settings: Settings, tokens: str) -> Found:
-    side = front.SIDES[tokens]
-    model, images, report = convert.loaded(settings.data, settings.device, side)
-    images = images[: front.IMAGES[tokens]]
-    with console_progress(f"sharing beside merging, {tokens}", front.steps()) as step:
-        rows = front.rows(model, images, report, step)
+    """Which layers share is found out with few tokens, where that is quick."""
+    size = front.SIZES[tokens]
+    model, images, _ = convert.loaded(settings.data, settings.device)
+    with console_progress("sharing beside merging", convert.DEPTH - 1) as step:
+        prices = front.prices(model, images, step)
+    model, images, report = convert.loaded(settings.data, settings.device, size.side)
+    images = images[: size.images]
+    with console_progress(tokens, len(size.shared) * len(front.MERGED)) as step:
+        rows = front.rows(model, images, report, prices, size.shared, step)
     return {"original": report.accuracy(report.reference), "images": len(images), "rows": rows}
 
 
@@ -91,9 +101,11 @@ def _speed(settings: Settings) -> Found:
     return {"rows": speed.rows(settings.device)}
 
 
+#: What is timed comes last.
 PARTS: dict[str, Callable[[Settings], Found]] = {
-    "constant": _constant,
-    **{f"sharing, {tokens}": partial(_front, tokens=tokens) for tokens in front.SIDES},
+    "planned": _planned,
+    **{f"sharing, {tokens}": partial(_front, tokens=tokens) for tokens in front.SIZES},
     "slimming": _slim,
+    "constant": _constant,
     "speed": _speed,
 }
