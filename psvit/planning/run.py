@@ -19,7 +19,7 @@ from .budget import Budget
 from .costs import Conversion, LayerCosts, flops, latency
 from .front import Losses, Scored, front, unbeaten
 from .merged_costs import MergedFLOPs, merged_latency
-from .merging import LEVELS, MIDDLE, MergeSearch, Merging, combined
+from .merging import LEVELS, MIDDLE, PROTECT, MergeSearch, Merging, combined
 from .plan import Plan
 from .score import HOLD_OUT, Held, Score, split
 
@@ -86,28 +86,44 @@ def plan(
         raise ValueError(f"model: got a {type(model).__name__} without classes, expected some")
     planner = Planner(model, images, how, progress)
     losses = planner.losses(depth, pools=pools, longest=longest)
-    if wanted.measure == "latency":
-        few = images[:latency_batch].to(next(model.parameters()).device)
-        with progress("measuring latencies", 1) as step:
-            costs = latency(model, how, depth, few, pools=pools, step=step)
-    else:
-        costs = flops(model, how, depth, pools=pools)
+    merge = merge and encoder.whole is None
+    few = images[:latency_batch].to(next(model.parameters()).device)
+    costs, merged_cost = _costs(model, how, wanted, few, pools, merge, progress)
     schedules = front(depth, losses, costs, pools=pools)
     found, merging = list(schedules), None
-    if merge and encoder.whole is None:
-        price = MergedFLOPs(model, how)
-        if wanted.measure == "latency":
-            with progress("measuring merging", 1) as step:
-                price = merged_latency(model, how, costs, few, step=step)
+    if merge:
         agree = wanted.measure == "top1_agreement"
-        merging = planner.merging(price, MIDDLE if agree else wanted.bound)
+        merging = planner.merging(merged_cost, MIDDLE if agree else wanted.bound)
         for bound in LEVELS if agree else (wanted.bound,):
-            found += combined(schedules, merging, price, bound, TRIES)
+            found += combined(schedules, merging, merged_cost, bound, TRIES)
     if wanted.measure == "top1_agreement":
         chosen = planner.cheapest(unbeaten(found)[::-1], wanted)
     else:
         chosen = planner.best(within(found, wanted))
     return planner.plan(planner.refitted(chosen), wanted, losses, costs, found, merging)
+
+
+def _costs(
+    model: nn.Module,
+    how: Conversion,
+    budget: Budget,
+    images: Tensor,
+    pools: int,
+    merge: bool,
+    progress: Progress,
+) -> tuple[LayerCosts, MergedFLOPs]:
+    """What layers cost, and models that merge: FLOPs, or latencies measured on the images."""
+    merged, encoder = MergedFLOPs(model, how), adapters.find(model)
+    if budget.measure != "latency":
+        return flops(model, how, merged.depth, pools=pools), merged
+    with progress("measuring latencies", 1) as step:
+        layers = latency(model, how, merged.depth, images, pools=pools, step=step)
+    if merge:
+        # Protection takes time, however strong it is.
+        protected = replace(how, protect=PROTECT[0] if encoder.has_class_token else 0.0)
+        with progress("measuring merging", 1) as step:
+            merged = merged_latency(model, protected, layers, images, step=step)
+    return layers, merged
 
 
 def within(found: list[Scored], budget: Budget) -> list[Scored]:
