@@ -83,6 +83,7 @@ BAD_INPUT = [
     (("acelerate",), "invalid choice: 'acelerate'"),
     (("accelerate",), "the following arguments are required: MODEL"),
     (("accelerate", "test_vit"), "expected one of --schedule, --plan and --merge"),
+    ((*ACCELERATE, "--merge", "3", "--protect", "-1"), "protect: got -1.0, expected a number from"),
     ((*ACCELERATE, "--merge", "3,x"), "got 3,x, expected a number, one for each layer"),
     ((*ACCELERATE, "--merge", "3,3"), "merge: got 2 numbers, expected 6 as layers"),
     ((*ACCELERATE, "--merge", "0.01"), 'merge: got "0.01", but merging all that can be leaves'),
@@ -220,8 +221,9 @@ def test_accelerate_as_json(place: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("merge", ["2", "2,2,2,2,2,2", "0.8"])
 def test_accelerate_merges(merge: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, *ACCELERATE, "--merge", merge, "--json")
+    code, out, _ = run(capsys, *ACCELERATE, "--merge", merge, "--protect", "0.1", "--json")
     found = json.loads(out)
+    assert found["protect"] == 0.1
     assert code == 0 and found["schedule"] == "AAAAAA" and len(set(found["merge"])) == 1
     r, tokens = found["merge"][0], [layer["tokens"]["after"] for layer in found["layers"][1:-1]]
     assert r > 0 and tokens == [tokens[0] - r * i for i in range(6)]

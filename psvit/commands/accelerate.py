@@ -71,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_merge(parser)
     parser.add_argument(
+        "--protect",
+        type=float,
+        metavar="X",
+        help="of what --merge merges, rather not what the class token looks at: 0.1 loses less",
+    )
+    parser.add_argument(
         "--show",
         type=Path,
         metavar="IMAGE",
@@ -145,6 +151,7 @@ def _converted(args: argparse.Namespace, work: Path | None, picture: Path | None
         "dims": args.dims,
         "size_bias": args.size_bias,
         "merge": list(find_stack(fast).merge),
+        "protect": find_stack(fast).protect,
         "tuned": args.plan is not None,
         **costs(loaded.model, fast, schedule, args),
         **speeds(loaded.model, fast, inputs(loaded.preprocess, files, args.batch), args.seconds),
@@ -188,11 +195,14 @@ def converted(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Sc
             raise ValueError("--strip: expected without --plan, whose weights have Q and K")
         if args.merge is not None:
             raise ValueError("--merge: expected without --plan, which says what is merged")
+        if args.protect is not None:
+            raise ValueError("--protect: expected without --plan, which says what is protected")
         args.pool, args.dims, args.size_bias = plan.pool, plan.dims, plan.size_bias
         return plan.apply(model).eval(), plan.schedule
     text = args.schedule or ATTEND * len(adapters.find(model).layers)
     options = {"pool": args.pool, "dims": args.dims, "size_bias": args.size_bias}
-    fast = convert_quietly(model, text, strip=args.strip, merge=args.merge or 0, **options)
+    options |= {"merge": args.merge or 0, "protect": args.protect or 0.0}
+    fast = convert_quietly(model, text, strip=args.strip, **options)
     return fast.eval(), find_stack(fast).schedule
 
 
