@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from psvit_kernels import TokenGroups, token_pool
 
+from .constants import made_once
 from .layout import Layout
 from .token_map import Pool
 
@@ -20,8 +21,6 @@ Kind = Literal["max", "avg", "stride", "conv"]
 KINDS = ("max", "avg", "stride", "conv")
 #: Kinds that an attention map can follow, because they are linear and say where each token goes.
 CARRYING = ("avg", "stride")
-
-_groups: dict[tuple, TokenGroups] = {}
 
 
 class GridPool(Pool):
@@ -132,24 +131,12 @@ class GridPool(Pool):
         """
         if self.kind not in CARRYING:
             raise ValueError(f"pool: got {self.kind!r}, expected one of {', '.join(CARRYING)}")
-        if torch.compiler.is_compiling():  # constants of the graph, which must not leave it
-            return self._groups(layout, device)
-        window = (self.kind, self.kernel, self.stride, self.padding)
-        key = (*window, layout.prefix, self.grid(layout), device)
-        if key not in _groups:
-            with torch.inference_mode(False):
-                _groups[key] = self._groups(layout, device)
-        return _groups[key]
-
-    def _groups(self, layout: Layout, device: torch.device) -> TokenGroups:
-        itself = torch.eye(layout.prefix, dtype=torch.float64)
-        means = torch.block_diag(itself, self.matrix(layout))
-        shares = torch.block_diag(itself, self._shares(layout).T)
-        of_group = (means > 0) | (shares > 0)
-        order = of_group.nonzero()[:, 1]
-        starts = F.pad(of_group.sum(1).cumsum(0), (1, 0))
-        parts = (t[of_group].float() for t in (means, shares))
-        return TokenGroups(*(t[None].to(device) for t in (order, starts, *parts)))
+        window = (self.dims, self.kernel, self.stride, self.padding)
+        # Where sizes are dynamic, Dynamo takes numbers for constants once they were counted, and
+        # knows the shape of what was made of constants, not that of constants.
+        grid = tuple(len(list(range(n))) for n in layout.grid)
+        made = _groups(self.kind, window, layout.prefix, grid, device)
+        return TokenGroups(*(t.unsqueeze(0) for t in made))
 
     def flops(self, layout: Layout) -> int:
         """Of the products of pooling one image, a multiply-add counted as 2."""
@@ -212,6 +199,27 @@ class GridPool(Pool):
     def extra_repr(self) -> str:
         window = "" if self.kind == "stride" else f"kernel={self.kernel}, padding={self.padding}, "
         return f"{self.kind}, dims={self.dims}, {window}stride={self.stride}"
+
+
+@made_once
+def _groups(
+    kind: Kind,
+    window: tuple[Literal[1, 2], int, int, int],
+    prefix: int,
+    grid: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Tensor, ...]:
+    """The fields of ``TokenGroups``, without their first dimension."""
+    dims, kernel, stride, padding = window
+    pool = GridPool(kind, dims=dims, kernel=kernel, stride=stride, padding=padding)
+    layout, itself = Layout(prefix, grid), torch.eye(prefix, dtype=torch.float64)
+    means = torch.block_diag(itself, pool.matrix(layout))
+    shares = torch.block_diag(itself, pool._shares(layout).T)
+    of_group = (means > 0) | (shares > 0)
+    order = of_group.nonzero()[:, 1]
+    starts = F.pad(of_group.sum(1).cumsum(0), (1, 0))
+    parts = (t[of_group].float() for t in (means, shares))
+    return tuple(t.to(device) for t in (order, starts, *parts))
 
 
 @functools.lru_cache(maxsize=64)
