@@ -23,7 +23,7 @@ class Layout(NamedTuple):
             asked. The same for all images, or `(B, M)`,
             float32 (float64 for float64).
         into: for each of the N = prefix + cells tokens of the grid the one of M that it is a part
-            of, -1 if it was dropped; int64 `(B, N)`. None: M is N, and each is itself.
+            of; int64 `(B, N)`. None: M is N, and each is itself.
     """
 
     prefix: int
@@ -63,21 +63,18 @@ class Layout(NamedTuple):
             into: for each of M tokens the one it becomes a part of, `(B, M)`.
             sizes: of those.
         """
-        if self.into is not None:
-            dropped = self.into < 0
-            into = into.gather(1, self.into.clamp(min=0)).masked_fill(dropped, -1)
+        into = into if self.into is None else into.gather(1, self.into)
         return Layout(self.prefix, self.grid, sizes, into)
 
     def on_grid(self, y: Tensor) -> Tensor:
         """What belongs to patches that became part of others, at every cell of the grid.
 
-        `(B, M - prefix, C)` to `(B, cells, C)`: a copy for each cell, 0 for those dropped.
+        `(B, M - prefix, C)` to `(B, cells, C)`: a copy for each cell.
         """
         if self.into is None:
             return y
         into = self.into[:, self.prefix :, None] - self.prefix
-        cells = y.gather(1, into.clamp(min=0).expand(-1, -1, y.shape[2]))
-        return cells.masked_fill(into < 0, 0)
+        return y.gather(1, into.expand(-1, -1, y.shape[2]))
 
 
 @made_once

@@ -280,6 +280,8 @@ class Flow:
         tokens, normed, self.merged[index + 1] = pairs.add_and_reduce(x, branch, norm, before)
         if index + 1 < len(stack) and stack.donors[index + 1] == stack.donors[index]:
             self._follow(index, pairs.groups(), lambda keys: pairs.reduce(keys, before)[0])
+        if not torch.is_grad_enabled():
+            slot.keys = slot.query = None  # a whole projection, which the MLP doesn't need
         return tokens, normed
 
     def _penalty(self, index: int, slot: MapSlot, layout: Layout, x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class IndexMap(TokenMap):
     """Each output token is a weighted mean of the tokens assigned to it; each input belongs to one.
 
     Args:
-        match: which tokens become which.
+        match: which tokens become which; none is dropped.
         weights: of the tokens, `(B, N)`; None: all 1.
 
     Source: Token Merging, arXiv 2210.09461, section 3.
@@ -78,11 +78,10 @@ class IndexMap(TokenMap):
     def expand(self, y: Tensor, layout: Layout) -> Tensor:
         """The adjoint of ``reduce``. (``Layout.on_grid`` copies: there constants stay.)"""
         into = self.match.into
-        at = into.clamp(min=0)
-        share = torch.where(into < 0, 0, 1 / self._sums().gather(1, at))
+        share = 1 / self._sums().gather(1, into)
         if self.weights is not None:
             share = share * self.weights
-        return y.gather(1, at.unsqueeze(2).expand(-1, -1, y.shape[2])) * share.unsqueeze(2).to(y)
+        return y.gather(1, into.unsqueeze(2).expand(-1, -1, y.shape[2])) * share.unsqueeze(2).to(y)
 
     def groups(self) -> TokenGroups:
         """The same map, as ``AttentionMap.reduce`` takes it."""
