@@ -61,7 +61,8 @@ def accelerate(
             which needs a grid. A map that later layers share follows the tokens.
         protect: how much what the class token pays to a patch keeps it from being merged: off the
             cosine of each pair goes this times what is paid to the patch that would join the other,
-            over the mean of all patches. 0: as in Token Merging; 0.1 loses less in trained models.
+            over the mean of all patches. 0: as in Token Merging; ``psvit.plan`` finds what loses
+            least.
         strip: drop the Q and K parameters of sharing layers. Saves memory, for deployment: state
             dicts no longer fit the host, and ``restore`` can't bring them back.
         inplace: convert ``model`` itself instead of a copy.

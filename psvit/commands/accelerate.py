@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protect",
         type=float,
         metavar="X",
-        help="of what --merge merges, rather not what the class token looks at: 0.1 loses less",
+        help="of what --merge merges, rather not what the class token looks at (as 0.05)",
     )
     parser.add_argument(
         "--show",
