@@ -277,9 +277,11 @@ class Flow:
         match = match_tokens(slot.keys, stack.merge[index], prefix=stack.prefix, penalty=penalty)
         assert isinstance(before.sizes, Tensor)
         pairs = IndexMap(match, before.sizes)
-        tokens, normed, self.merged[index + 1] = pairs.add_and_reduce(x, branch, norm, before)
+        tokens, normed, after = pairs.add_and_reduce(x, branch, norm, before)
+        self.merged[index + 1] = after
         if index + 1 < len(stack) and stack.donors[index + 1] == stack.donors[index]:
-            self._follow(index, pairs.groups(), lambda keys: pairs.reduce(keys, before)[0])
+            groups = pairs.groups(after.counted(tokens))
+            self._follow(index, groups, lambda keys: pairs.reduce(keys, before)[0])
         if not torch.is_grad_enabled():
             slot.keys = slot.query = None  # a whole projection, which the MLP doesn't need
         return tokens, normed

@@ -83,9 +83,13 @@ class IndexMap(TokenMap):
             share = share * self.weights
         return y.gather(1, into.unsqueeze(2).expand(-1, -1, y.shape[2])) * share.unsqueeze(2).to(y)
 
-    def groups(self) -> TokenGroups:
-        """The same map, as ``AttentionMap.reduce`` takes it."""
-        return TokenGroups.of(self.match, self.weights, self._sums())
+    def groups(self, sums: Tensor) -> TokenGroups:
+        """The same map, as ``AttentionMap.reduce`` takes it.
+
+        Args:
+            sums: of the weights that each token is made of, `(B, M)`.
+        """
+        return TokenGroups.of(self.match, self.weights, sums)
 
     def _sums(self) -> Tensor:
         """Of the weights that each token is made of, `(B, M)`."""

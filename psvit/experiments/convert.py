@@ -237,13 +237,16 @@ class Report:
     def row(self, schedule: Schedule, converted: nn.Module) -> dict[str, Any]:
         """Accuracy and agreement from 0 to 1; FLOPs as a part of the original's."""
         found = self.classes(converted)
-        plain = Schedule(ATTEND * DEPTH).flops(self.model)
         return {
             "schedule": schedule.text,
             "accuracy": self.accuracy(found),
             "agreement": float((found == self.reference).double().mean()),
-            "flops": schedule.flops(self.model, pool=Conversion().pool) / plain,
+            "flops": self.flops(schedule, pool=Conversion().pool),
         }
+
+    def flops(self, schedule: Schedule, **how: Any) -> float:
+        """As a part of the original's; how it is converted as for ``Schedule.flops``."""
+        return schedule.flops(self.model, **how) / Schedule(ATTEND * DEPTH).flops(self.model)
 
     def accuracy(self, found: Tensor) -> float:
         """Of classes, from 0 to 1."""

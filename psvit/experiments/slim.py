@@ -40,7 +40,7 @@ def rows(
                 {
                     "method": name,
                     "keep": keep,
-                    "accuracy": float((classes == report.labels).double().mean()),
+                    "accuracy": report.accuracy(classes),
                     "agreement": float((classes == report.reference).double().mean()),
                     "flops": schedule.flops(slim) / schedule.flops(model),
                 }

@@ -31,6 +31,6 @@ def _row(model: nn.Module, report: convert.Report, r: int) -> dict[str, Any]:
         "accuracy": report.accuracy(found),
         "plain_accuracy": report.accuracy(same),
         "same": float((found == same).double().mean()),
-        "flops": schedule.flops(model, merge=r) / schedule.flops(model),
+        "flops": report.flops(schedule, merge=r),
         "latency": parts(model, fast, plain, report.images.to(report.device)),
     }

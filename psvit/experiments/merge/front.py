@@ -57,7 +57,9 @@ def rows(
         for r in counts:
             fast = _merged(model, schedule, r, images)
             row = report.row(schedule, fast)
-            found.append({**row, "shared": count, "merge": r, "flops": _flops(model, schedule, r)})
+            found.append(
+                {**row, "shared": count, "merge": r, "flops": report.flops(schedule, merge=r)}
+            )
             step(1)
     for row in found:
         row["on_front"] = not any(_beats(other, row) for other in found)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ...distill import Distillation, distill
 from ...planning.plan import Plan
 from ...planning.run import plan
-from ...schedule import ATTEND, Schedule
 from .. import convert
 
 #: What is asked for; the first is distilled too.
@@ -37,13 +36,11 @@ def rows(model: nn.Module, images: Tensor, report: convert.Report) -> list[dict[
 def _row(
     name: str, model: nn.Module, made: Plan, report: convert.Report, seconds: float
 ) -> dict[str, Any]:
-    costs: dict[str, Any] = {"pool": made.pool, "dims": made.dims, "merge": made.merge}
     return {
         "name": name,
         **report.row(made.schedule, made.apply(model).eval()),
         "merge": list(made.merge),
         "protect": made.protect,
-        "flops": made.schedule.flops(model, **costs)
-        / Schedule(ATTEND * convert.DEPTH).flops(model),
+        "flops": report.flops(made.schedule, pool=made.pool, dims=made.dims, merge=made.merge),
         "seconds": round(seconds, 1),
     }
